@@ -1,0 +1,44 @@
+# `make train` and `make test` need Python 3.11 to 3.13 and a package index, and nothing set up before.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: train test lint bench newest clean
+
+train: $(VENV)/.installed
+	$(RUN) -m experiments.classify_images --config configs/digits_cnn.py
+
+test: $(VENV)/.installed-test lint
+	$(RUN) -m pytest -q -n 2 --dist loadgroup
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed-test
+	$(RUN) -m benchmarks.run
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"jaxdl needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}; try: make PYTHON=python3.13")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/.installed
+
+# A short selection on the newest JAX that the given Python can have, in an environment of its own.
+newest:
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade jax --editable . pytest pytest-xdist hypothesis scikit-learn
+	$(VENV)-newest/bin/python -c 'import jax; print("newest JAX:", jax.__version__)'
+	$(VENV)-newest/bin/python -m pytest -q -n 2 -m "not slow" -k "$(NEWEST)" tests
+
+NEWEST := test_step or test_paths or test_losses or test_optim or test_loop or test_checkpoint or test_third_party
+
+clean:
+	rm -rf $(VENV) $(VENV)-newest .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,24 @@
+"""An MLP on the diabetes table that comes with the package: ten measurements, the progression a year later.
+
+Command: python -m experiments.regress_table --config configs/diabetes_mlp.py
+"""
+
+from experiments.regress_table import Config, Rows
+from experiments.settings import MLP, Loop, Optimizer
+from jaxdl.config import Duration
+
+
+def get_config() -> Config:
+    return Config(
+        data=Rows(batch_size=32),
+        model=MLP(widths=(64, 32), dropout_rate=0.2),
+        optimizer=Optimizer(learning_rate=2e-3, weight_decay=0.1, l1=1e-3),
+        loop=Loop(
+            length=Duration("60 epochs"),
+            eval_every=Duration("5 epochs"),
+            checkpoint_every=Duration("20 epochs"),
+            log_every=20,
+            steps_per_call=10,
+        ),
+        out="runs/diabetes_mlp",
+    )

@@ -1,0 +1,22 @@
+"""A CNN on Fashion-MNIST.
+
+Needs the four files of Fashion-MNIST, for example Debian's package dataset-fashion-mnist.
+Command: python -m experiments.classify_images --config configs/fashion_cnn.py
+"""
+
+from experiments.classify_images import Config
+from experiments.images import Images
+from experiments.settings import CNN, Hardware, Loop, Optimizer
+from jaxdl.config import Duration
+
+
+def get_config() -> Config:
+    return Config(
+        data=Images(name="fashion_mnist", batch_size=128, flip=True, crop_padding=2),
+        model=CNN(features=(32, 64, 128), norm="batch", dropout_rate=0.2),
+        optimizer=Optimizer(learning_rate=3e-3, warmup=Duration("0.5 epochs"), weight_decay=0.05),
+        loop=Loop(length=Duration("10 epochs"), eval_every=Duration("2 epochs"), checkpoint_every=Duration("2 epochs")),
+        hardware=Hardware(cpu_devices=2),
+        label_smoothing=0.05,
+        out="runs/fashion_cnn",
+    )

@@ -1,0 +1,1 @@
+"""Experiments: one module a task, each a page that builds the pieces and calls `fit`."""

@@ -1,0 +1,182 @@
+"""What every supervised experiment does between its data and its report: build the pieces and call `fit`."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import settings
+from jaxdl import create_state, guard, make_train_step
+from jaxdl.config import Parsed, leaf_values
+from jaxdl.data import Pipeline, eval_batches
+from jaxdl.loop import FitResult, fit, make_evaluator
+from jaxdl.models.apply import init_model, make_loss_fn
+from jaxdl.objectives import Objective
+from jaxdl.optim import eval_params
+from jaxdl.report import RunReport, diagnose, parameter_table, read_history
+from jaxdl.run import Run, data_mesh, parameter_rows
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The sections and fields that supervised experiments share."""
+
+    optimizer: settings.Optimizer = field(default_factory=settings.Optimizer)
+    loop: settings.Loop = field(default_factory=settings.Loop)
+    hardware: settings.Hardware = field(default_factory=settings.Hardware)
+    trainable: tuple[tuple[str, bool], ...] = ((".*", True),)  # (regex, moves) pairs over parameter paths
+    seed: int = 0  # of the initial parameters, the order of rows, dropout and augmentation
+    out: str = "runs/experiment"  # the run folder; an existing one is continued
+
+    def shared_problems(self, batch_size: int, validation: float) -> list[str]:
+        problems = []
+        if self.seed < 0:
+            problems.append(f"seed={self.seed} must not be negative.")
+        parts = self.hardware.microbatches
+        if parts > 0 and batch_size % parts:
+            problems.append(f"data.batch_size={batch_size} does not divide into hardware.microbatches={parts}.")
+        if not validation and self.loop.early_stopping_patience is not None:
+            problems.append("loop.early_stopping_patience needs data.validation > 0; test rows must not stop a run.")
+        return problems
+
+
+@dataclass(frozen=True)
+class Task:
+    """A supervised task.
+
+    Attributes:
+      model: called as `model(inputs, train=...)`.
+      inputs: the key of the batch that the model takes.
+      train: pipeline of training batches.
+      evaluated: name -> source of rows, `test` and, where one was held out, `validation`.
+      train_objective, eval_objective: what outputs are judged by.
+      best_metric, best_mode: the validation metric that the best checkpoint is chosen by.
+      eval_batch_size: rows of an evaluation batch.
+    """
+
+    model: nn.Module
+    inputs: str
+    train: Pipeline
+    evaluated: Mapping[str, Any]
+    train_objective: Objective
+    eval_objective: Objective
+    best_metric: str
+    best_mode: str
+    eval_batch_size: int
+
+
+def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
+    """Trains, and gathers what every report shows; None where a signal ended the run early."""
+    config, start = parsed.config, time.perf_counter()
+    length, eval_every, checkpoint_every, warmup = (
+        duration.to_steps(task.train.batch_size, task.train.n_rows)
+        for duration in (
+            config.loop.length,
+            config.loop.eval_every,
+            config.loop.checkpoint_every,
+            config.optimizer.warmup,
+        )
+    )
+    tx = config.hardware.scaled(config.optimizer.build(steps=length, warmup_steps=warmup))
+    train_loss = make_loss_fn(task.model, task.train_objective, inputs=task.inputs, train=True)
+    eval_loss = make_loss_fn(task.model, task.eval_objective, inputs=task.inputs, train=False)
+    example = jnp.zeros((1, *np.shape(task.train.source[0][task.inputs])))
+    params, extra = init_model(task.model, jax.random.key(config.seed), example)
+    rows = _show_parameters(config, params)
+    step = make_train_step(train_loss, tx, trainable=config.trainable, microbatches=config.hardware.microbatches)
+    with _open_run(parsed, task, length) as run:
+        result = fit(
+            create_state(params, extra, tx, rng=jax.random.key(config.seed + 1), trainable=config.trainable),
+            guard(step, config.loop.guard),
+            task.train,
+            steps=length,
+            loss_fn=train_loss,
+            evaluators={
+                name: make_evaluator(eval_loss, eval_batches(source, task.eval_batch_size))
+                for name, source in task.evaluated.items()
+            },
+            eval_every=eval_every,
+            store=run.store,
+            checkpoint_every=checkpoint_every,
+            writers=run.writers,
+            log_every=config.loop.log_every,
+            progress=run.progress,
+            early_stopping=config.loop.early_stopping("validation/loss"),
+            steps_per_call=config.loop.steps_per_call,
+            mesh=data_mesh(config.hardware.devices),
+            profile=config.loop.profile_in(run.directory),
+        )
+        if result.stopped_by in ("SIGTERM", "SIGINT"):
+            print(f"stopped by {result.stopped_by}; saved in {config.out}. Run the same command to go on.")
+            return None
+        return result, _report(parsed, task, run, result, rows, time.perf_counter() - start)
+
+
+def _show_parameters(config: Any, params: Any) -> list[dict[str, Any]]:
+    rows = parameter_rows(
+        params,
+        trainable=config.trainable,
+        weight_decay_rules=config.optimizer.weight_decay_rules,
+        lr_scale_rules=config.optimizer.lr_scale_rules,
+    )
+    print(parameter_table(rows), flush=True)
+    return rows
+
+
+def _open_run(parsed: Parsed, task: Task, length: int) -> Run:
+    loop = parsed.config.loop
+    return Run(
+        parsed.config.out,
+        parsed.config,
+        total_steps=length,
+        batch_size=task.train.batch_size,
+        allow=parsed.allow,
+        keep_last=loop.keep_last,
+        keep_best=loop.keep_best,
+        best_metric=task.best_metric if "validation" in task.evaluated else None,
+        best_mode=task.best_mode,
+    )
+
+
+def _report(
+    parsed: Parsed, task: Task, run: Run, result: FitResult, rows: list[dict[str, Any]], seconds: float
+) -> RunReport:
+    history, rate = read_history(run.directory / "metrics.jsonl"), result.timing.examples_per_s
+    metric = task.best_metric.removeprefix("validation/")
+    return RunReport(
+        title=Path(parsed.config.out).name,
+        summary=f"{type(task.model).__name__}, {task.train.n_rows:,} training rows, batches of {task.train.batch_size}",
+        steps=int(result.state.step),
+        seconds=seconds,
+        steps_per_second=rate / task.train.batch_size or None,
+        examples_per_second=rate or None,
+        diagnosis=diagnose(
+            history,
+            metric=None if metric == "loss" else metric,
+            higher_is_better=task.best_mode == "max",
+            train="train",
+            evaluation="validation" if "validation" in task.evaluated else "test",
+        ),
+        history=history,
+        parameters=rows,
+        config=leaf_values(parsed.config),
+        config_sources=parsed.sources,
+        environment=run.environment,
+        checkpoints=[{"step": step, "folder": f"checkpoints/{step}"} for step in run.store.steps()],
+    )
+
+
+def predict(task: Task, result: FitResult) -> np.ndarray:
+    """The model's outputs for the test rows, in their order."""
+    state = result.state
+    variables = {"params": eval_params(state.opt_state, state.params), **state.extra}
+    apply = jax.jit(lambda variables, inputs: task.model.apply(variables, inputs))
+    batches = eval_batches(task.evaluated["test"], task.eval_batch_size)
+    outputs = [np.asarray(apply(variables, batch[task.inputs])) for batch in batches]
+    return np.concatenate(outputs)[: len(task.evaluated["test"])]

@@ -1,0 +1,120 @@
+"""Compiling once, knowing what it cost, and refusing to do it twice by accident."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxdl.errors import JaxdlError
+from jaxdl.paths import flatten
+
+_HITS, _MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
+_counts = {_HITS: 0, _MISSES: 0}
+
+
+class RetraceError(JaxdlError):
+    """A compiled function was called with arguments of another shape, dtype, weak type, structure or sharding."""
+
+
+def enable_compile_cache(directory: str | Path | None = None) -> Path:
+    """Keeps compiled programs on disk, so that the second start of a program does not compile.
+
+    Args:
+      directory: where; `$JAX_COMPILATION_CACHE_DIR` or `~/.cache/jaxdl/xla` where None.
+
+    Returns:
+      The directory in use.
+
+    Example:
+      >>> enable_compile_cache("/tmp/jaxdl_doctest_cache").name
+      'jaxdl_doctest_cache'
+    """
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "jaxdl" / "xla"
+    path = Path(directory or default)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+def _count(event: str, **_: Any) -> None:
+    if event in _counts:
+        _counts[event] += 1
+
+
+jax.monitoring.register_event_listener(_count)
+
+
+class Compiled:
+    """A function that is compiled at its first call and never again.
+
+    Args:
+      fn: a pure function of trees of arrays.
+      donate_argnums: arguments whose buffers the result may reuse.
+      name: how messages call it.
+
+    Attributes:
+      compile_s: seconds of tracing and compiling, None before the first call.
+      is_cached: whether the program came from the compile cache on disk.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> double = Compiled(lambda x: 2 * x, name="double")
+      >>> double(jnp.ones(2)).tolist()
+      [2.0, 2.0]
+      >>> double(jnp.ones(3))
+      Traceback (most recent call last):
+      jaxdl.compilation.RetraceError: double: 1 problem(s)
+        - argument 0 was float32[2] and is now float32[3]
+    """
+
+    def __init__(self, fn: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (), name: str = "step") -> None:
+        self._jitted = jax.jit(fn, donate_argnums=donate_argnums)
+        self._executable: Any = None
+        self._signature: dict[str, str] = {}
+        self.name = name
+        self.compile_s: float | None = None
+        self.is_cached = False
+
+    def compile(self, *args: Any) -> None:
+        """Compiles for the shapes of these arguments (arrays or `jax.ShapeDtypeStruct`s) without running."""
+        start, hits, misses = time.perf_counter(), _counts[_HITS], _counts[_MISSES]
+        self._signature = _signature(args)
+        self._executable = self._jitted.lower(*args).compile()
+        self.compile_s = time.perf_counter() - start
+        self.is_cached = _counts[_HITS] > hits and _counts[_MISSES] == misses
+
+    def __call__(self, *args: Any) -> Any:
+        if self._executable is None:
+            self.compile(*args)
+        try:
+            return self._executable(*args)
+        except (TypeError, ValueError) as error:
+            changed = _changes(self._signature, _signature(args))
+            if not changed:
+                raise
+            raise RetraceError.listing(self.name, changed) from error
+
+
+def _signature(args: tuple[Any, ...]) -> dict[str, str]:
+    flat = flatten({f"argument {i}": arg for i, arg in enumerate(args)})
+    return {path: _describe(leaf) for path, leaf in flat.items()}
+
+
+def _describe(leaf: Any) -> str:
+    if not hasattr(leaf, "dtype"):
+        return f"the Python {type(leaf).__name__} {leaf!r}"
+    weak = " (weak)" if getattr(leaf, "weak_type", False) else ""
+    sharding = getattr(leaf, "sharding", None)
+    over = "" if sharding is None or len(sharding.device_set) == 1 else f" sharded {sharding}"
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]{weak}{over}"
+
+
+def _changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    gone = [f"{path} ({old[path]}) is missing now" for path in old.keys() - new.keys()]
+    added = [f"{path} ({new[path]}) is new" for path in new.keys() - old.keys()]
+    both = [path for path in old if path in new and old[path] != new[path]]
+    return sorted(gone) + sorted(added) + [f"{path} was {old[path]} and is now {new[path]}" for path in both]

@@ -1,0 +1,123 @@
+"""How batches reach the step: from the host, read ahead, or as row numbers into arrays that live on the device."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdl.compilation import Compiled
+from jaxdl.data.prefetch import prefetch
+from jaxdl.errors import JaxdlError
+from jaxdl.state import TrainState
+from jaxdl.step import Step, on_rows, repeat
+
+RESIDENT_LIMIT_BYTES = 512 * 2**20
+
+
+def make_feed(
+    step: Step,
+    data: Any,
+    *,
+    steps_per_call: int = 1,
+    is_resident: bool | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> "Feed":
+    """Chooses how batches reach the device.
+
+    Args:
+      step: a pure train step.
+      data: a pipeline; one whose source holds arrays and that has no transforms may live on the device.
+      steps_per_call: updates in one call.
+      is_resident: True or False to insist; None decides by size (512 MiB).
+      mesh: shards batches over its axis `data`.
+
+    Raises:
+      JaxdlError: `is_resident=True` for data that cannot be.
+    """
+    arrays = resident_arrays(data)
+    if is_resident and arrays is None:
+        raise JaxdlError("is_resident=True needs a source of arrays and no transforms on the host; drop either.")
+    if is_resident is None:
+        size = 0 if arrays is None else sum(array.nbytes for array in arrays.values())
+        is_resident = arrays is not None and mesh is None and size <= RESIDENT_LIMIT_BYTES
+    if is_resident:
+        return ResidentFeed(step, data, arrays, steps_per_call, mesh)
+    return Feed(step, data, steps_per_call, mesh)
+
+
+def resident_arrays(data: Any) -> dict[str, np.ndarray] | None:
+    """The arrays of a pipeline that gathers rows from memory and does nothing else to them, else None."""
+    if getattr(data, "transforms", ()) or getattr(data, "batch_transforms", ()):
+        return None
+    return getattr(getattr(data, "source", None), "arrays", None)
+
+
+class Feed:
+    """Host batches: read ahead by a thread, placed on the device before they are needed."""
+
+    def __init__(self, step: Step, data: Any, steps_per_call: int, mesh: jax.sharding.Mesh | None) -> None:
+        self.data, self.steps_per_call = data, steps_per_call
+        self._one = None if mesh is None else jax.NamedSharding(mesh, jax.P("data"))
+        self._many = None if mesh is None else jax.NamedSharding(mesh, jax.P(None, "data"))
+        self.compiled = Compiled(step, donate_argnums=(0,), name="train_step")
+        self._repeated = Compiled(repeat(step, steps_per_call), donate_argnums=(0,), name="repeated train_step")
+        self._batches: Any = None
+
+    @property
+    def description(self) -> str:
+        return f"batches of {self.data.batch_size} from the host" + self._calls()
+
+    def _calls(self) -> str:
+        return f", {self.steps_per_call} steps a call" if self.steps_per_call > 1 else ""
+
+    def start(self, first: int, stop: int) -> None:
+        put = (lambda batch: jax.device_put(batch, self._one)) if self.steps_per_call == 1 else (lambda batch: batch)
+        self._batches = prefetch(self.data, first, stop, put=put)
+
+    def chunk(self, limit: int) -> int:
+        """How many steps the next call makes when `limit` are left to the next boundary."""
+        return self.steps_per_call if limit >= self.steps_per_call else 1
+
+    def call(self, state: TrainState, step: int, n: int) -> tuple[TrainState, dict[str, Any]]:
+        if n == 1:
+            batch = next(self._batches)
+            return self.compiled(state, batch if self.steps_per_call == 1 else jax.device_put(batch, self._one))
+        batches = [next(self._batches) for _ in range(n)]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+        return self._repeated(state, jax.device_put(stacked, self._many))
+
+    def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+
+
+class ResidentFeed(Feed):
+    """The whole dataset on the device: a call sends row numbers only."""
+
+    def __init__(self, step: Step, data: Any, arrays: Any, steps_per_call: int, mesh: jax.sharding.Mesh | None) -> None:
+        super().__init__(step, data, steps_per_call, mesh)
+        self._dataset = jax.device_put(dict(arrays), None if mesh is None else jax.NamedSharding(mesh, jax.P()))
+        self.compiled = Compiled(
+            lambda state, dataset, rows: on_rows(step, dataset)(state, rows), donate_argnums=(0,), name="train_step"
+        )
+        self._repeated = Compiled(
+            lambda state, dataset, rows: repeat(on_rows(step, dataset), steps_per_call)(state, rows),
+            donate_argnums=(0,),
+            name="repeated train_step",
+        )
+
+    @property
+    def description(self) -> str:
+        return f"{self.data.n_rows} rows live on the device, batches of {self.data.batch_size}" + self._calls()
+
+    def start(self, first: int, stop: int) -> None:
+        """Nothing to read ahead."""
+
+    def call(self, state: TrainState, step: int, n: int) -> tuple[TrainState, dict[str, Any]]:
+        if n == 1:
+            return self.compiled(state, self._dataset, self._rows(step, self._one))
+        rows = np.stack([self.data.rows(step + i) for i in range(n)]).astype(np.int32)
+        return self._repeated(state, self._dataset, jax.device_put(rows, self._many))
+
+    def _rows(self, step: int, sharding: Any) -> jax.Array:
+        return jax.device_put(self.data.rows(step).astype(np.int32), sharding)

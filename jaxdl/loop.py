@@ -1,0 +1,445 @@
+"""The training loop: the only place with side effects over time."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxdl import metrics as metrics_lib
+from jaxdl import nonfinite
+from jaxdl.compilation import Compiled
+from jaxdl.errors import JaxdlError
+from jaxdl.feed import Feed, make_feed
+from jaxdl.losses import LossFn
+from jaxdl.optim import eval_params
+from jaxdl.signals import StopFlag
+from jaxdl.state import TrainState
+from jaxdl.step import Step, make_eval_step
+from jaxdl.steplog import NonFiniteStep, Row, StepLog
+
+Evaluator = Callable[[TrainState, StopFlag], dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Stops when an evaluated metric has not improved for a while.
+
+    Attributes:
+      metric: the name as it is logged, such as `"eval/loss"`.
+      patience: evaluations without improvement before the run stops.
+      mode: `"min"` or `"max"`.
+      min_delta: an improvement smaller than this does not count.
+    """
+
+    metric: str
+    patience: int
+    mode: str = "min"
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.mode not in ("min", "max"):
+            problems.append(f"mode={self.mode!r} must be 'min' or 'max'.")
+        if self.patience < 1:
+            problems.append(f"patience={self.patience} must be at least 1.")
+        if self.min_delta < 0:
+            problems.append(f"min_delta={self.min_delta} must not be negative.")
+        if problems:
+            raise JaxdlError.listing("early stopping", problems)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A trace for TensorBoard or Perfetto of the steps `start .. start + n_steps` of this process."""
+
+    directory: Path
+    start: int = 10
+    n_steps: int = 10
+
+
+@dataclass
+class Timing:
+    """Where the wall-clock time of this process went, in seconds; `steps` were made by this process."""
+
+    compile_s: float = 0.0
+    is_cached: bool = False
+    first_step_s: float = 0.0
+    train_s: float = 0.0
+    eval_s: float = 0.0
+    save_s: float = 0.0
+    steps: int = 0
+    examples_per_s: float = 0.0
+
+
+class FitResult(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+      state: the state after the last update.
+      stopped_by: None at the planned end, else `"SIGTERM"`, `"SIGINT"` or `"early stopping"`.
+      evaluations: the last evaluation in full, arrays such as the confusion matrix included.
+      timing: seconds by phase.
+    """
+
+    state: TrainState
+    stopped_by: str | None
+    evaluations: dict[str, Any]
+    timing: Timing
+
+
+def make_evaluator(loss_fn: LossFn, batches: Iterable[Mapping[str, np.ndarray]]) -> Evaluator:
+    """Makes a function that evaluates a state on all batches.
+
+    It uses the averaged parameters where the optimizer keeps some (EMA, schedule-free).
+
+    Args:
+      loss_fn: the loss with dropout off, as for `make_eval_step`.
+      batches: host batches of one shape; padding rows have `weight` 0.
+
+    Returns:
+      `(state, stop) -> finished metrics`, or None if `stop` was raised before the last batch.
+    """
+    eval_step = Compiled(make_eval_step(loss_fn), name="eval_step")
+
+    def evaluate_state(state: TrainState, stop: StopFlag) -> dict[str, Any] | None:
+        state = state.replace(params=eval_params(state.opt_state, state.params), opt_state=())
+        on_device = []
+        for batch in batches:
+            if stop:
+                return None
+            on_device.append(eval_step(state, jax.device_put(dict(batch), _data_sharding(state))))
+        total: dict[str, Any] = {}
+        for sums in jax.device_get(on_device):
+            total = metrics_lib.add(total, jax.tree.map(lambda x: np.asarray(x, np.float64), sums))
+        return metrics_lib.finish(total)
+
+    return evaluate_state
+
+
+def _data_sharding(state: TrainState) -> Any:
+    sharding = state.step.sharding
+    return sharding if len(sharding.device_set) > 1 else None
+
+
+def evaluate(loss_fn: LossFn, state: TrainState, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Evaluates a state on all batches, once.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxdl import LossOut, losses
+      >>> def loss_fn(params, extra, batch, rng):
+      ...     return LossOut(*losses.squared_error(batch["x"], batch["y"], batch["weight"]))
+      >>> state = TrainState(jnp.int32(0), {}, {}, (), jax.random.key(0))
+      >>> batch = {"x": np.ones(2, np.float32), "y": np.zeros(2, np.float32), "weight": np.ones(2, np.float32)}
+      >>> evaluate(loss_fn, state, [batch, batch])
+      {'loss': 1.0}
+    """
+    return make_evaluator(loss_fn, batches)(state, StopFlag()) or {}
+
+
+def fit(
+    state: TrainState,
+    train_step: Step,
+    data: Any,
+    *,
+    steps: int,
+    loss_fn: LossFn | None = None,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    eval_every: int | None = None,
+    store: Any = None,
+    checkpoint_every: int | None = None,
+    writers: Iterable[Any] = (),
+    log_every: int = 50,
+    progress: Any = None,
+    early_stopping: EarlyStopping | None = None,
+    steps_per_call: int = 1,
+    is_resident: bool | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    profile: Profile | None = None,
+) -> FitResult:
+    """Trains until `steps` updates have been made, going on from the newest good checkpoint in `store`.
+
+    The loop never waits for the device except to evaluate and to save: metrics are fetched one interval late. SIGTERM
+    and Ctrl-C save and return, in every phase.
+
+    Args:
+      state: the state to start from; its buffers are donated.
+      train_step: a pure step; it is compiled here, once. Wrapped in `guard` it never applies a non-finite update.
+      data: random access to batches, `data[step]`, with `rows(step)`, `n_rows` and `batch_size`.
+      steps: updates in the whole run, earlier processes included.
+      loss_fn: the loss of `train_step`; with it a non-finite value is traced to leaves and rows.
+      evaluators: by name; `eval/accuracy` is the accuracy of the evaluator `eval`.
+      eval_every: updates between evaluations; None evaluates at the end only.
+      store: a `checkpoint.Store`; None keeps nothing.
+      checkpoint_every: updates between checkpoints; None saves at the end and on a signal only.
+      writers: `report.writers` that get a row every `log_every` updates and one for each evaluation.
+      log_every: updates in a row of the metric log.
+      progress: a `report.progress.Progress`.
+      early_stopping: when to stop before the end.
+      steps_per_call: updates in one call of the device, see `step.repeat`.
+      is_resident: keep the dataset on the device and gather rows there; None does so when it is small and no
+        transform runs on the host.
+      mesh: devices over whose axis `data` batches are sharded; None uses one device.
+      profile: a trace to take.
+
+    Raises:
+      JaxdlError: arguments that make no sense, all at once.
+      NonFiniteError: a guarded step met a NaN or an infinity; the state before it has been saved.
+      RetraceError: a batch changed its shape or dtype.
+    """
+    _check_fit(steps, eval_every, checkpoint_every, log_every, steps_per_call, mesh, data)
+    loop = _Loop(
+        state=state if mesh is None else jax.device_put(state, jax.NamedSharding(mesh, jax.P())),
+        feed=make_feed(train_step, data, steps_per_call=steps_per_call, is_resident=is_resident, mesh=mesh),
+        data=data,
+        steps=steps,
+        loss_fn=loss_fn,
+        evaluators=dict(evaluators or {}),
+        eval_every=eval_every or steps,
+        store=store,
+        checkpoint_every=checkpoint_every or steps,
+        writers=list(writers),
+        log=StepLog(log_every),
+        progress=progress,
+        early_stopping=early_stopping,
+        profile=profile,
+    )
+    with StopFlag() as stop:
+        return loop.run(stop)
+
+
+def _check_fit(
+    steps: int,
+    eval_every: int | None,
+    checkpoint_every: int | None,
+    log_every: int,
+    steps_per_call: int,
+    mesh: Any,
+    data: Any,
+) -> None:
+    counts = {
+        "steps": steps,
+        "eval_every": eval_every,
+        "checkpoint_every": checkpoint_every,
+        "log_every": log_every,
+        "steps_per_call": steps_per_call,
+    }
+    problems = [f"{name}={n} must be at least 1." for name, n in counts.items() if n is not None and n < 1]
+    n_shards = 1 if mesh is None else mesh.shape.get("data", 0)
+    if n_shards == 0:
+        problems.append(f"the mesh has the axes {mesh.axis_names}; it needs one called 'data'.")
+    elif data.batch_size % n_shards:
+        problems.append(
+            f"batch_size={data.batch_size} does not divide over {n_shards} devices on axis 'data'; use a multiple."
+        )
+    if problems:
+        raise JaxdlError.listing("fit", problems)
+
+
+@dataclass
+class _Loop:
+    state: TrainState
+    feed: Feed
+    data: Any
+    steps: int
+    loss_fn: LossFn | None
+    evaluators: dict[str, Evaluator]
+    eval_every: int
+    store: Any
+    checkpoint_every: int
+    writers: list[Any]
+    log: StepLog
+    progress: Any
+    early_stopping: EarlyStopping | None
+    profile: Profile | None
+    timing: Timing = field(default_factory=Timing)
+    evaluations: dict[str, Any] = field(default_factory=dict)
+    best: float | None = None
+    n_without_gain: int = 0
+    saved_step: int = -1
+    evaluated_step: int = -1
+
+    def run(self, stop: StopFlag) -> FitResult:
+        step = first = self._resume()
+        start = time.perf_counter()
+        stopped_by = None
+        try:
+            self.feed.start(step, self.steps)
+            while step < self.steps and not stopped_by:
+                n = self.feed.chunk(self._boundary(step) - step)
+                self._trace(step - first)
+                self.state, metrics = self.feed.call(self.state, step, n)
+                if step == first:
+                    self._first_step(start)
+                self.log.push(step, metrics, n)
+                step += n
+                stopped_by = self._after(step, stop) or stop.name
+            stopped_by = self._finish(step, stopped_by, stop)
+        except NonFiniteStep as bad:
+            self._fail(bad)
+        except JaxdlError as error:
+            error.exit_code = 1
+            raise
+        finally:
+            self._close()
+        self._time(step - first, time.perf_counter() - start)
+        return FitResult(self.state, stopped_by, self.evaluations, self.timing)
+
+    def _resume(self) -> int:
+        if self.store is None or not self.store.steps():
+            for writer in self.writers:
+                writer.resume(0)
+            return int(self.state.step)
+        restored = self.store.restore(self.state, on_note=self._note)
+        self.state, step = restored.state, restored.step
+        saved = restored.metadata
+        self.log.from_json(saved["log"])
+        self.best, self.n_without_gain = saved["best"], saved["n_without_gain"]
+        self.saved_step = step
+        for writer in self.writers:
+            writer.resume(step)
+        self._note(f"resumed from the checkpoint of step {step}")
+        return step
+
+    def _boundary(self, step: int) -> int:
+        every = (self.log.every, self.eval_every, self.checkpoint_every)
+        return min([self.steps, *((step // n + 1) * n for n in every)])
+
+    def _first_step(self, start: float) -> None:
+        compiled = self.feed.compiled
+        jax.block_until_ready(self.state.step)
+        self.timing.first_step_s = time.perf_counter() - start
+        self.timing.compile_s, self.timing.is_cached = compiled.compile_s or 0.0, compiled.is_cached
+        source = "read from the compile cache" if compiled.is_cached else "compiled"
+        self._note(f"{self.feed.description}; step {source} in {self.timing.compile_s:.1f} s")
+
+    def _after(self, step: int, stop: StopFlag) -> str | None:
+        if self.progress is not None:
+            self.progress.update(step)
+        if step % self.log.every == 0:
+            self._write(self.log.drain(before=step - self.log.every))
+        stopped_by = None
+        if step % self.eval_every == 0 and step < self.steps:
+            stopped_by = self._evaluate(step, stop)
+        if step % self.checkpoint_every == 0 and step < self.steps:
+            self._save(step)
+        elif self.store is not None:
+            self.store.check()
+        return stopped_by
+
+    def _finish(self, step: int, stopped_by: str | None, stop: StopFlag) -> str | None:
+        self._write(self.log.drain())
+        if stopped_by is None:
+            stopped_by = self._evaluate(step, stop)
+        if stopped_by in (None, "early stopping"):
+            self._write(self.log.close_row(step))
+        if self.store is not None:
+            if self.saved_step != step:
+                self._save(step)
+            self._timed("save_s", self.store.wait)
+        return stopped_by
+
+    def _evaluate(self, step: int, stop: StopFlag) -> str | None:
+        self._write(self.log.drain())
+        start, found = time.perf_counter(), {}
+        for name, evaluator in self.evaluators.items():
+            result = evaluator(self.state, stop)
+            if result is None:
+                return stop.name
+            found.update({f"{name}/{key}": value for key, value in result.items()})
+        self.timing.eval_s += time.perf_counter() - start
+        self.evaluations, self.evaluated_step = found, step
+        self._emit(step, metrics_lib.scalars(found))
+        self._note(f"step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in _headline(found).items()))
+        return "early stopping" if self._is_stale(found) and step < self.steps else None
+
+    def _is_stale(self, found: Mapping[str, Any]) -> bool:
+        rule = self.early_stopping
+        if rule is None or not found:
+            return False
+        if rule.metric not in found:
+            known = ", ".join(metrics_lib.scalars(found))
+            raise JaxdlError(f"early stopping watches {rule.metric!r}, which no evaluator gives; there are: {known}.")
+        value = found[rule.metric] if rule.mode == "min" else -found[rule.metric]
+        is_better = self.best is None or value < self.best - rule.min_delta
+        self.best, self.n_without_gain = (value, 0) if is_better else (self.best, self.n_without_gain + 1)
+        return self.n_without_gain >= rule.patience
+
+    def _save(self, step: int) -> None:
+        if self.store is None:
+            return
+        self._write(self.log.drain())
+        metadata = {"log": self.log.to_json(), "best": self.best, "n_without_gain": self.n_without_gain}
+        scores = metrics_lib.scalars(self.evaluations) if self.evaluated_step == step else None
+        self._timed("save_s", lambda: self.store.save(step, self.state, metadata=metadata, metrics=scores))
+        self.saved_step = step
+
+    def _fail(self, bad: NonFiniteStep) -> None:
+        what = f"step {bad.step} gave non-finite {', '.join(bad.names)}"
+        if not nonfinite.is_held(self.state):
+            raise nonfinite.NonFiniteError(
+                f"{what}; the step is not guarded, so the parameters are lost from there on. Start again from the last "
+                "checkpoint with guard(step)."
+            )
+        held, self.state = self.state, nonfinite.release(self.state)
+        if self.store is not None and self.saved_step != bad.step:
+            self._save(bad.step)
+            self.store.wait()
+        if self.loss_fn is not None:
+            nonfinite.check(held, self.loss_fn, self.data[bad.step], self.data.rows(bad.step))
+        raise nonfinite.NonFiniteError(f"{what}; the state before it is kept.")
+
+    def _write(self, rows: list[Row]) -> None:
+        for step, sums in rows:
+            gauges = {name for name, value in sums.items() if not isinstance(value, metrics_lib.METRICS)}
+            done = metrics_lib.scalars(metrics_lib.finish(sums))
+            self._emit(step, {name if name in gauges else f"train/{name}": value for name, value in done.items()})
+
+    def _emit(self, step: int, scalars: Mapping[str, float]) -> None:
+        row = {"epoch": step * self.data.batch_size / self.data.n_rows, **scalars}
+        for writer in self.writers:
+            writer.write(step, row)
+            writer.flush()
+        if self.progress is not None:
+            self.progress.update(step, _headline(scalars))
+
+    def _trace(self, n_done: int) -> None:
+        if self.profile is None:
+            return
+        if n_done == self.profile.start:
+            jax.profiler.start_trace(str(self.profile.directory))
+        elif n_done == self.profile.start + self.profile.n_steps:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self._note(f"profiler trace of {self.profile.n_steps} steps written to {self.profile.directory}")
+
+    def _timed(self, name: str, call: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        call()
+        setattr(self.timing, name, getattr(self.timing, name) + time.perf_counter() - start)
+
+    def _time(self, n_steps: int, seconds: float) -> None:
+        timing = self.timing
+        timing.steps = n_steps
+        timing.train_s = max(seconds - timing.first_step_s - timing.eval_s - timing.save_s, 1e-9)
+        timing.examples_per_s = max(n_steps - 1, 0) * self.data.batch_size / timing.train_s
+
+    def _note(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.note(text)
+
+    def _close(self) -> None:
+        self.feed.close()
+        for writer in self.writers:
+            writer.flush()
+        if self.progress is not None:
+            self.progress.close()
+
+
+def _headline(scalars: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics without the parts of composite ones, such as `test/confusion/f1`."""
+    return {name: value for name, value in metrics_lib.scalars(scalars).items() if name.count("/") < 2}

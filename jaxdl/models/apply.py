@@ -1,0 +1,67 @@
+"""The bridge from a Linen module to the functions that the train step knows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jaxdl.losses import LossFn, LossOut
+from jaxdl.objectives import Objective
+from jaxdl.paths import Tree
+
+Array = jax.Array
+
+
+def init_model(model: nn.Module, rng: Array, inputs: Any) -> tuple[Tree, Tree]:
+    """Initialises a Linen module inside one `jit`.
+
+    Args:
+      model: a Linen module whose call takes `inputs`.
+      rng: typed key.
+      inputs: an example batch of inputs; only shapes and dtypes matter.
+
+    Returns:
+      `(params, extra)`, where `extra` holds every other collection, such as `{"batch_stats": ...}`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params, extra = init_model(nn.Dense(2), jax.random.key(0), jnp.ones((1, 3)))
+      >>> params["kernel"].shape, extra
+      ((3, 2), {})
+    """
+    variables = dict(jax.jit(model.init)(rng, inputs))
+    return variables.pop("params", {}), variables
+
+
+def make_loss_fn(model: nn.Module, objective: Objective, *, inputs: str, train: bool) -> LossFn:
+    """Makes the `loss_fn` of a Linen module that is called as `model(inputs, train=...)`.
+
+    Args:
+      model: the module. With `train=True` it gets a `dropout` key and may change every collection in `extra`.
+      objective: `(outputs, batch) -> LossOut`.
+      inputs: the key of the batch that the model takes, such as `"image"`.
+      train: passed on to the model.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxdl.models import MLP
+      >>> from jaxdl.objectives import regression
+      >>> model = MLP(widths=(4,), n_outputs=1)
+      >>> params, extra = init_model(model, jax.random.key(0), jnp.ones((2, 3)))
+      >>> loss_fn = make_loss_fn(model, regression(), inputs="features", train=True)
+      >>> batch = {"features": jnp.ones((2, 3)), "target": jnp.ones(2)}
+      >>> float(loss_fn(params, extra, batch, jax.random.key(1)).weight)
+      2.0
+    """
+
+    def loss_fn(params: Tree, extra: Tree, batch: Mapping[str, Array], rng: Array) -> LossOut:
+        variables = {"params": params, **extra}
+        if not train:
+            outputs: Any = model.apply(variables, batch[inputs], train=False)
+            return objective(outputs, batch)
+        mutable = list(extra)
+        outputs, changed = model.apply(variables, batch[inputs], train=True, rngs={"dropout": rng}, mutable=mutable)
+        return objective(outputs, batch)._replace(extra=dict(changed) if mutable else None)
+
+    return loss_fn

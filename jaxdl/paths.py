@@ -1,0 +1,206 @@
+"""Names of leaves, and rules over names.
+
+Every leaf of a tree has a path such as `encoder/layer_0/kernel`. A *rule list* is an ordered sequence of
+`(regex, value)` pairs; a leaf takes the value of the first rule whose regex matches its whole path. Two laws make a
+typo an error instead of a silent no-op: every leaf must be covered, and every rule must win at least one leaf.
+This file holds the only regular expressions over paths in the library.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jaxdl.errors import JaxdlError
+
+Tree = Any
+Rules = Sequence[tuple[str, Any]]
+
+
+class RuleError(JaxdlError):
+    """A rule list does not fit the tree it was applied to; the message lists every problem at once."""
+
+
+def path_of(keys: Iterable[Any]) -> str:
+    """Joins the keys of `jax.tree_util.tree_flatten_with_path` with `/`.
+
+    Example:
+      >>> [(keys, _)], _ = jax.tree_util.tree_flatten_with_path({"dense": {"kernel": 1.0}})
+      >>> path_of(keys)
+      'dense/kernel'
+    """
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Maps the path of every leaf to the leaf, in the order of `jax.tree.leaves`.
+
+    Works on any pytree: dicts of any kind, tuples, dataclasses such as `TrainState`.
+
+    Args:
+      tree: any pytree. `None` is an empty subtree and has no path.
+
+    Raises:
+      ValueError: two leaves have the same path (a key holds a `/`).
+
+    Example:
+      >>> flatten({"b": 2, "a": {"kernel": 1}})
+      {'a/kernel': 1, 'b': 2}
+    """
+    leaves_with_keys, _ = jax.tree_util.tree_flatten_with_path(tree)
+    flat = {path_of(keys): leaf for keys, leaf in leaves_with_keys}
+    if len(flat) != len(leaves_with_keys):
+        paths = [path_of(keys) for keys, _ in leaves_with_keys]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise ValueError(f"Two leaves share one path: {twice}. Rename a key so that no key contains '/'.")
+    return flat
+
+
+def match(rules: Rules, tree: Tree, *, what: str = "rules") -> Tree:
+    """Gives every leaf of `tree` the value of the first rule that matches its whole path.
+
+    The tree may be parameters or a whole `TrainState`: an optimizer's moments contain the path of their parameter
+    (`opt_state/0/mu/dense/kernel`), so that `.*dense/kernel` speaks of both.
+
+    Args:
+      rules: ordered `(regex, value)` pairs; the regex must match the full path (`re.fullmatch`).
+      tree: any pytree; only its structure is read, so `jax.eval_shape` results do.
+      what: the name of the rule list, for the error message (`trainable`, `weight_decay`).
+
+    Returns:
+      A tree of the same structure that holds a rule value in the place of every leaf.
+
+    Raises:
+      RuleError: leaves that no rule covers, rules that win no leaf, and invalid regexes, all in one message with
+        the nearest real paths.
+
+    Example:
+      >>> params = {"body": {"kernel": 1, "bias": 2}, "head": {"kernel": 3}}
+      >>> match([("head/.*", True), (".*", False)], params, what="trainable")
+      {'body': {'bias': False, 'kernel': False}, 'head': {'kernel': True}}
+    """
+    paths = list(flatten(tree))
+    compiled, problems = _compile(rules)
+    winners = [next((i for i, regex in compiled if regex.fullmatch(path)), None) for path in paths]
+    problems += _uncovered(paths, winners)
+    problems += _dead(compiled, rules, paths, set(winners))
+    if problems:
+        raise RuleError.listing(f"{what} rules", problems)
+    return jax.tree.unflatten(jax.tree.structure(tree), [rules[i][1] for i in winners if i is not None])
+
+
+def _compile(rules: Sequence[Any]) -> tuple[list[tuple[int, re.Pattern[str]]], list[str]]:
+    compiled, problems = [], []
+    for i, rule in enumerate(rules):
+        if not (isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)):
+            problems.append(f"rule {i} is {rule!r}; a rule is a pair (regex, value).")
+            continue
+        try:
+            compiled.append((i, re.compile(rule[0])))
+        except re.error as error:
+            problems.append(f"rule {rule[0]!r} is not a regular expression: {error}.")
+    return compiled, problems
+
+
+def _uncovered(paths: list[str], winners: list[int | None]) -> list[str]:
+    missed = [path for path, winner in zip(paths, winners, strict=True) if winner is None]
+    if not missed:
+        return []
+    shown = ", ".join(missed[:8]) + (f" and {len(missed) - 8} more" if len(missed) > 8 else "")
+    return [f"no rule covers {shown}; end the list with ('.*', default) or name them."]
+
+
+def _dead(
+    compiled: list[tuple[int, re.Pattern[str]]], rules: Rules, paths: list[str], won: set[int | None]
+) -> list[str]:
+    problems = []
+    for i, regex in compiled:
+        if i in won:
+            continue
+        hits = [path for path in paths if regex.fullmatch(path)]
+        if hits:
+            problems.append(
+                f"rule {rules[i][0]!r} only matches leaves that earlier rules took ({hits[0]}); move it up."
+            )
+        else:
+            near = ", ".join(nearest(rules[i][0], paths)) or "the tree has no leaves"
+            problems.append(f"rule {rules[i][0]!r} matches nothing; nearest paths: {near}.")
+    return problems
+
+
+def nearest(name: str, candidates: Iterable[str], *, n: int = 3) -> list[str]:
+    """The candidates most similar to a misspelt name or pattern, best first.
+
+    A pattern of k segments is compared with the first k segments of each candidate as well as with the whole, so
+    that `haed/.*` finds `head/kernel`.
+
+    Args:
+      name: a name, or a regex over paths.
+      candidates: the real names.
+      n: how many at the most.
+
+    Example:
+      >>> nearest("learning_rte", ["momentum", "learning_rate", "name"], n=1)
+      ['learning_rate']
+    """
+    plain = re.sub(r"[\\^$.*+?()\[\]{}|]", "", name).strip("/").lower()
+    n_segments = plain.count("/") + 1
+
+    def similarity(candidate: str) -> float:
+        whole = candidate.lower()
+        prefix = "/".join(whole.split("/")[:n_segments])
+        return max(difflib.SequenceMatcher(None, plain, text).ratio() for text in (whole, prefix))
+
+    return sorted(candidates, key=lambda candidate: (-similarity(candidate), len(candidate)))[:n]
+
+
+def split(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:
+    """Parts a tree in two of the same shape, with `None` where a leaf went to the other half.
+
+    Args:
+      tree: any pytree.
+      mask: the same paths with bool leaves, in any kind of mapping.
+
+    Returns:
+      `(chosen, rest)`: the leaves whose mask is True, and the others. `merge` puts them together again.
+
+    Raises:
+      ValueError: the mask and the tree do not have the same paths, or a mask leaf is not a bool.
+
+    Example:
+      >>> split({"a": 1, "b": 2}, {"a": True, "b": False})
+      ({'a': 1, 'b': None}, {'a': None, 'b': 2})
+    """
+    flat, chosen = flatten(tree), flatten(mask)
+    if flat.keys() != chosen.keys():
+        only_tree, only_mask = sorted(flat.keys() - chosen.keys()), sorted(chosen.keys() - flat.keys())
+        raise ValueError(f"mask and tree differ: only in the tree {only_tree}, only in the mask {only_mask}.")
+    wrong = [path for path, value in chosen.items() if not isinstance(value, bool)]
+    if wrong:
+        raise ValueError(f"mask leaves must be bool; these are not: {wrong}.")
+    treedef = jax.tree.structure(tree)
+    yes = [leaf if chosen[path] else None for path, leaf in flat.items()]
+    no = [None if chosen[path] else leaf for path, leaf in flat.items()]
+    return jax.tree.unflatten(treedef, yes), jax.tree.unflatten(treedef, no)
+
+
+def merge(a: Tree, b: Tree) -> Tree:
+    """Puts the two halves of `split` together.
+
+    Args:
+      a: a tree with `None` where `b` has a leaf.
+      b: a tree with `None` where `a` has a leaf.
+
+    Raises:
+      ValueError: a leaf is present in both.
+
+    Example:
+      >>> merge({"a": 1, "b": None}, {"a": None, "b": 2})
+      {'a': 1, 'b': 2}
+    """
+    both = sorted(flatten(a).keys() & flatten(b).keys())
+    if both:
+        raise ValueError(f"cannot merge: both trees have a leaf at {both}; each leaf must be in one of them.")
+    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)

@@ -1,0 +1,187 @@
+"""The folder of a run: its configuration, environment, metric log, checkpoints and report."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from jaxdl import paths
+from jaxdl.checkpoint import Store
+from jaxdl.config import check_resume, from_json, to_json
+from jaxdl.errors import JaxdlError
+from jaxdl.optim import multipliers
+from jaxdl.paths import Rules, Tree
+from jaxdl.report.environment import environment
+from jaxdl.report.progress import Progress
+from jaxdl.report.writers import CsvWriter, JsonlWriter, TensorBoardWriter, Writer
+
+
+class Run:
+    """Opens or continues a run folder.
+
+    Args:
+      directory: made where it does not exist.
+      config: a frozen dataclass; an existing folder must hold the same one but for the fields in `allow`.
+      total_steps: the planned updates, for the progress line.
+      batch_size: rows of a step, for the rate of examples.
+      allow: dotted config fields that may differ from the saved run's.
+      keep_last, keep_best, best_metric, best_mode: as for `checkpoint.Store`.
+      is_verbose: show progress and notes.
+
+    Attributes:
+      store, writers, progress: what `loop.fit` takes.
+
+    Raises:
+      JaxdlError: the folder cannot be written.
+      ConfigError: the saved configuration differs.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        config: Any,
+        *,
+        total_steps: int,
+        batch_size: int,
+        allow: Sequence[str] = (),
+        keep_last: int = 3,
+        keep_best: int = 1,
+        best_metric: str | None = None,
+        best_mode: str = "max",
+        is_verbose: bool = True,
+    ) -> None:
+        self.directory = _writable(Path(directory))
+        notes = _settle_config(self.directory / "config.json", config, allow)
+        self.environment = environment()
+        replace_text(self.directory / "environment.json", json.dumps(self.environment, indent=2) + "\n")
+        self.store = Store(
+            self.directory / "checkpoints",
+            keep_last=keep_last,
+            keep_best=keep_best,
+            best_metric=best_metric,
+            best_mode=best_mode,
+        )
+        self.writers: list[Writer] = [
+            JsonlWriter(self.directory / "metrics.jsonl"),
+            CsvWriter(self.directory / "metrics.csv"),
+            TensorBoardWriter(self.directory / "tensorboard"),
+        ]
+        start = max(self.store.steps(), default=0)
+        self.progress = Progress(total_steps, start, examples_per_step=batch_size) if is_verbose else None
+        if start >= total_steps:
+            notes.append(f"{self.directory} is complete; delete it or choose another --config.out to train anew")
+        for note in notes:
+            if self.progress is not None:
+                self.progress.note(note)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self.writers:
+            writer.close()
+        if self.progress is not None:
+            self.progress.close()
+        self.store.__exit__(kind, error, trace)
+
+
+def _writable(directory: Path) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".jaxdl-probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise JaxdlError(f"the run folder {directory} cannot be written: {error.strerror}; choose another.") from None
+    return directory
+
+
+def _settle_config(path: Path, config: Any, allow: Sequence[str]) -> list[str]:
+    notes = []
+    if path.exists():
+        try:
+            notes = check_resume(from_json(type(config), path.read_text()), config, allow=allow)
+        except UnicodeDecodeError as error:
+            raise JaxdlError(
+                f"{path} is damaged: {error}; restore it from a backup or start in another folder."
+            ) from None
+    replace_text(path, to_json(config))
+    return notes
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one piece: whoever reads it sees the old text or the new one.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+      >>> replace_text(path, "hello"); path.read_text()
+      'hello'
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def parameter_rows(
+    params: Tree,
+    *,
+    trainable: Rules,
+    weight_decay_rules: Rules | None = None,
+    lr_scale_rules: Rules | None = None,
+) -> list[dict[str, Any]]:
+    """Every verdict of the rules on every parameter, a dict each, for `report.table.parameter_table`.
+
+    Args:
+      params: tree of arrays or `jax.ShapeDtypeStruct`s.
+      trainable, weight_decay_rules, lr_scale_rules: as for `make_train_step` and `make_optimizer`.
+
+    Raises:
+      RuleError: a rule list does not fit.
+
+    Example:
+      >>> parameter_rows({"w": np.ones(2)}, trainable=[(".*", True)])[0]["path"]
+      'w'
+    """
+    moves = paths.match(trainable, params, what="trainable")
+    moving, _ = paths.split(params, moves)
+    decay = paths.flatten(multipliers(weight_decay_rules, moving, what="weight_decay"))
+    scale = {} if lr_scale_rules is None else paths.flatten(multipliers(lr_scale_rules, moving, what="lr_scale"))
+    return [
+        {
+            "path": path,
+            "shape": tuple(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "trainable": path in decay,
+            "decay": decay.get(path, 0.0),
+            "lr_scale": scale.get(path, 1.0) if path in decay else 0.0,
+        }
+        for path, leaf in paths.flatten(params).items()
+    ]
+
+
+def data_mesh(n_devices: int | None = None) -> jax.sharding.Mesh | None:
+    """A mesh of one axis, `data`, over the first devices; None for a single one.
+
+    Args:
+      n_devices: how many; None takes all.
+
+    Raises:
+      JaxdlError: there are fewer devices.
+
+    Example:
+      >>> data_mesh(1) is None
+      True
+    """
+    devices = jax.devices()
+    if n_devices is not None and not 1 <= n_devices <= len(devices):
+        raise JaxdlError(f"devices={n_devices} must lie in 1..{len(devices)}, the devices that JAX sees.")
+    chosen = devices[:n_devices]
+    return None if len(chosen) == 1 else jax.sharding.Mesh(np.array(chosen), ("data",))

@@ -1,0 +1,278 @@
+"""The train step, a pure function of arrays, and the functions that take a step and return one.
+
+They compose as JAX's own transformations do: `jax.jit(repeat(guard(make_train_step(loss_fn, tx)), 100))`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdl import metrics as metrics_lib
+from jaxdl.errors import JaxdlError
+from jaxdl.losses import LossFn, LossOut
+from jaxdl.metrics import Mean
+from jaxdl.optim import learning_rate_of, loss_scale_of
+from jaxdl.paths import Rules, Tree, flatten, merge
+from jaxdl.state import ALL, TrainState, split_trainable
+
+Array = jax.Array
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+EvalStep = Callable[[TrainState, Any], dict[str, Any]]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    trainable: Rules = ALL,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> Step:
+    """Makes the function that computes one update; compile it with `jax.jit(step, donate_argnums=0)`.
+
+    The parameters are split before they are differentiated, so frozen leaves meet neither the optimizer nor the
+    gradient norm. Sums are divided by the summed weight once, so the result does not depend on how rows are spread
+    over microbatches or devices.
+
+    Args:
+      loss_fn: `(params, extra, batch, rng) -> LossOut`; `rng` is a function of the seed and the step.
+      tx: an Optax transformation, the one given to `create_state`; it is called with `value=loss`.
+      trainable: `(regex, bool)` rules over parameter paths, the ones given to `create_state`.
+      microbatches: the batch is cut into this many parts, one after the other in memory, with one update.
+      axis_name: the mapped axis to sum over when the step runs under `pmap` or `shard_map`.
+
+    Returns:
+      `(state, batch) -> (state, metrics)`. Metrics are the loss and the sums of `loss_fn` as `Mean`s and the like,
+      and the bare numbers `grad_norm` (over trainable leaves; 0 where loss scaling skipped an overflow) and, where
+      the optimizer tells them, `learning_rate`, the rate of this update, and `loss_scale`.
+
+    Raises:
+      JaxdlError: microbatches < 1, or at tracing a batch that does not divide.
+
+    Example:
+      >>> from jaxdl import create_state, losses
+      >>> def loss_fn(params, extra, batch, rng):
+      ...     return LossOut(*losses.squared_error(batch["x"] * params["w"], batch["y"]))
+      >>> tx = optax.sgd(0.5)
+      >>> state = create_state({"w": jnp.zeros(())}, {}, tx, rng=jax.random.key(0))
+      >>> step = jax.jit(make_train_step(loss_fn, tx))
+      >>> state, metrics = step(state, {"x": jnp.ones(4), "y": jnp.ones(4)})
+      >>> float(state.params["w"]), metrics_lib.finish(metrics)["loss"]
+      (1.0, 1.0)
+    """
+    if microbatches < 1:
+        raise JaxdlError(f"microbatches={microbatches} must be at least 1.")
+    tx = optax.with_extra_args_support(tx)
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        moving, frozen = split_trainable(state.params, trainable)
+        scale = loss_scale_of(state.opt_state)
+        rng = jax.random.fold_in(state.rng, state.step)
+        if axis_name is not None:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+
+        def scaled_loss_fn(moving: Tree, extra: Tree, batch: Any, rng: Array) -> tuple[Array, LossOut]:
+            out = loss_fn(merge(moving, frozen), extra, batch, rng)
+            out = out._replace(extra=extra if out.extra is None else out.extra)
+            return out.total if scale is None else out.total * scale, out
+
+        grads, out = _accumulate(scaled_loss_fn, moving, state.extra, batch, rng, microbatches)
+        if axis_name is not None:
+            grads, total, weight, sums = jax.lax.psum((grads, out.total, out.weight, out.sums), axis_name)
+            out = LossOut(total, weight, sums, jax.lax.pmean(out.extra, axis_name))
+        divisor = jnp.where(out.weight == 0, 1.0, out.weight)
+        grads = jax.tree.map(lambda g: g / (divisor if scale is None else divisor * scale).astype(g.dtype), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, moving, value=out.total / divisor)
+        new_state = state.replace(
+            step=state.step + 1,
+            params=merge(optax.apply_updates(moving, updates), frozen),
+            extra=out.extra,
+            opt_state=opt_state,
+        )
+        return new_state, _step_metrics(out, grads, opt_state)
+
+    return train_step
+
+
+def _accumulate(grad_of: Any, moving: Tree, extra: Tree, batch: Any, rng: Array, n: int) -> tuple[Tree, LossOut]:
+    value_and_grad = jax.grad(grad_of, has_aux=True)
+    if n == 1:
+        return value_and_grad(moving, extra, batch, rng)
+    parts = jax.tree.map(lambda x: _cut(x, n), batch)
+
+    def add_part(carry: Any, part: Any) -> tuple[Any, None]:
+        grads, sums, extra = carry
+        i, rows = part
+        new_grads, out = value_and_grad(moving, extra, rows, jax.random.fold_in(rng, i))
+        new = (new_grads, (out.total, out.weight, out.sums))
+        return (*jax.tree.map(jnp.add, (grads, sums), new), out.extra), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes, out = jax.eval_shape(value_and_grad, moving, extra, first, rng)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes, (out.total, out.weight, out.sums)))
+    (grads, (total, weight, sums), extra), _ = jax.lax.scan(add_part, (*zeros, extra), (jnp.arange(n), parts))
+    return grads, LossOut(total, weight, sums, extra)
+
+
+def _cut(x: Array, n: int) -> Array:
+    if x.shape[0] % n:
+        raise JaxdlError(f"a batch of {x.shape[0]} rows does not divide into microbatches={n}; use a divisor of it.")
+    return x.reshape(n, x.shape[0] // n, *x.shape[1:])
+
+
+def _step_metrics(out: LossOut, grads: Tree, opt_state: Tree) -> dict[str, Any]:
+    rate, scale, norm = learning_rate_of(opt_state), loss_scale_of(opt_state), optax.tree.norm(grads)
+    if scale is not None:  # an overflow is that wrapper's daily business: it skips the update
+        norm = jnp.where(jnp.isfinite(norm), norm, 0.0)
+    return {
+        "loss": Mean(out.total, out.weight),
+        **out.sums,
+        "grad_norm": norm,
+        **({} if rate is None else {"learning_rate": rate}),
+        **({} if scale is None else {"loss_scale": scale}),
+    }
+
+
+def make_eval_step(loss_fn: LossFn, *, axis_name: str | None = None) -> EvalStep:
+    """Makes the function that computes the sums of one batch without an update.
+
+    Args:
+      loss_fn: as for `make_train_step`, with dropout off; its `extra` is discarded.
+      axis_name: the mapped axis to sum over, if any.
+
+    Returns:
+      `(state, batch) -> metrics`; add the metrics of all batches with `metrics.add`, then `metrics.finish`.
+
+    Example:
+      >>> from jaxdl import losses
+      >>> def loss_fn(params, extra, batch, rng):
+      ...     return LossOut(*losses.squared_error(batch["x"], batch["y"]))
+      >>> state = TrainState(step=0, params={}, extra={}, opt_state=(), rng=jax.random.key(0))
+      >>> make_eval_step(loss_fn)(state, {"x": jnp.ones(2), "y": jnp.zeros(2)})["loss"].finish()
+      1.0
+    """
+
+    def eval_step(state: TrainState, batch: Any) -> dict[str, Any]:
+        out = loss_fn(state.params, state.extra, batch, state.rng)
+        sums = {"loss": Mean(out.total, out.weight), **out.sums}
+        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+    return eval_step
+
+
+def repeat(step: Step, n: int) -> Step:
+    """Makes a step that makes `n` updates in one call, so that Python runs once for all of them.
+
+    Args:
+      step: `(state, batch) -> (state, metrics)`.
+      n: how many updates, at least 1.
+
+    Returns:
+      `(state, batches) -> (state, metrics)`: every leaf of `batches` and of the returned metrics has a new first axis
+      of length n.
+
+    Raises:
+      JaxdlError: n < 1, or at tracing a first axis that is not n long.
+
+    Example:
+      >>> count = repeat(lambda state, batch: (state + batch, {"sum": state + batch}), 3)
+      >>> count(jnp.array(0), jnp.array([1, 2, 3]))[1]["sum"].tolist()
+      [1, 3, 6]
+    """
+    if n < 1:
+        raise JaxdlError(f"repeat n={n} must be at least 1.")
+
+    def repeated(state: TrainState, batches: Any) -> tuple[TrainState, dict[str, Any]]:
+        wrong = {path: leaf.shape for path, leaf in flatten(batches).items() if leaf.shape[:1] != (n,)}
+        if wrong:
+            raise JaxdlError(f"repeat(step, {n}) needs leaves with a first axis of {n}; these differ: {wrong}.")
+        return jax.lax.scan(step, state, batches)
+
+    return repeated
+
+
+def on_rows(step: Step, dataset: Any) -> Step:
+    """Makes a step that takes row numbers in place of a batch and gathers them from arrays on the device.
+
+    Args:
+      step: `(state, batch) -> (state, metrics)`.
+      dataset: tree of arrays with rows first. Pass it through `jit` as an argument: a closed-over array becomes a
+        constant of the compiled program.
+
+    Returns:
+      `(state, rows) -> (state, metrics)`, rows int (B,).
+
+    Example:
+      >>> step = on_rows(lambda state, batch: (state + jnp.sum(batch), {}), jnp.array([10, 20, 30]))
+      >>> int(step(jnp.array(0), jnp.array([0, 2]))[0])
+      40
+    """
+    return lambda state, rows: step(state, jax.tree.map(lambda x: x[rows], dataset))
+
+
+def guard(step: Step, policy: str = "stop") -> Step:
+    """Makes a step that never lets a non-finite loss or gradient into the state.
+
+    Args:
+      step: `(state, batch) -> (state, metrics)`; its floating metrics (the loss, the gradient norm) are looked at.
+      policy: `"stop"` holds the state as it was before the bad step, from then on: later calls change nothing, which
+        a negative `state.step` (the bitwise complement of the step that failed) shows. `nonfinite.check` turns it
+        into an error that names leaf, step and rows. `"skip"` leaves params, extra and opt_state as they were and
+        goes on with the next step; the metric `skipped` is the share of steps this happened to.
+
+    Raises:
+      JaxdlError: an unknown policy.
+
+    Example:
+      >>> state = TrainState(jnp.int32(7), jnp.float32(1.0), {}, (), jax.random.key(0))
+      >>> def step(state, batch):
+      ...     return state.replace(step=state.step + 1, params=batch), {"loss": batch}
+      >>> after, _ = guard(step)(state, jnp.float32(jnp.nan))
+      >>> int(after.step), float(after.params)
+      (-8, 1.0)
+    """
+    if policy not in ("stop", "skip"):
+        raise JaxdlError(f"guard policy={policy!r} must be 'stop' or 'skip'.")
+
+    def stop(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        new, metrics = step(state, batch)
+        is_held = state.step < 0
+        good = is_finite(metrics) & ~is_held
+        held = state.replace(step=jnp.where(is_held, state.step, ~state.step))
+        return _where(good, new, held), metrics
+
+    def skip(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        new, metrics = step(state, batch)
+        good = is_finite(metrics)
+        kept = {name: _harmless(value, good) for name, value in metrics.items()}
+        skipped = Mean(1.0 - good.astype(jnp.float32), jnp.float32(1))
+        return _where(good, new, state.replace(step=new.step)), {**kept, "skipped": skipped}
+
+    return stop if policy == "stop" else skip
+
+
+def _harmless(value: Any, good: Array) -> Any:
+    """Empties the sums of a skipped step and puts 0 in the place of a non-finite number."""
+    if isinstance(value, metrics_lib.METRICS):
+        return jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), value)
+    return jnp.where(jnp.isfinite(value), value, jnp.zeros_like(value))
+
+
+def is_finite(tree: Tree) -> Array:
+    """Whether every floating leaf of a tree is finite, as a bool scalar.
+
+    Example:
+      >>> bool(is_finite({"a": jnp.ones(2), "b": jnp.array([1.0, jnp.nan])}))
+      False
+    """
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
+
+
+def _where(condition: Array, a: TrainState, b: TrainState) -> TrainState:
+    rng = b.rng
+    chosen = jax.tree.map(lambda x, y: jnp.where(condition, x, y), a.replace(rng=None), b.replace(rng=None))
+    return chosen.replace(rng=rng)
