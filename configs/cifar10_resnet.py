@@ -14,7 +14,7 @@ from jaxdl.config import Duration
 def get_config() -> Config:
     return Config(
         data=Images(name="cifar10", batch_size=128, flip=True, crop_padding=4),
-        model=ResNet(norm="batch"),
+        model=ResNet(stem="small", norm="batch"),
         optimizer=Optimizer(
             name="nesterov", learning_rate=0.1, warmup=Duration("2 epochs"), l2=5e-4, options={"momentum": 0.9}
         ),

@@ -6,7 +6,7 @@ Command: python -m experiments.classify_images --config configs/fashion_cnn.py
 
 from experiments.classify_images import Config
 from experiments.images import Images
-from experiments.settings import CNN, Hardware, Loop, Optimizer
+from experiments.settings import CNN, Loop, Optimizer
 from jaxdl.config import Duration
 
 
@@ -16,7 +16,6 @@ def get_config() -> Config:
         model=CNN(features=(32, 64, 128), norm="batch", dropout_rate=0.2),
         optimizer=Optimizer(learning_rate=3e-3, warmup=Duration("0.5 epochs"), weight_decay=0.05),
         loop=Loop(length=Duration("10 epochs"), eval_every=Duration("2 epochs"), checkpoint_every=Duration("2 epochs")),
-        hardware=Hardware(cpu_devices=2),
         label_smoothing=0.05,
         out="runs/fashion_cnn",
     )

@@ -43,7 +43,6 @@ class Config(Supervised):
 def experiment(parsed: Parsed) -> None:
     """Loads the images, trains, and writes the report."""
     config = parsed.config
-    config.hardware.start()
     pictures = images.load(config.data, config.seed)
     task = Task(
         model=config.model.build(len(pictures.class_names), config.hardware.dtype),

@@ -66,7 +66,6 @@ class Config(Supervised):
 def experiment(parsed: Parsed) -> None:
     """Loads the table, trains, and writes the report."""
     config = parsed.config
-    config.hardware.start()
     pipeline, evaluated, target = load(config.data, config.seed)
     task = Task(
         model=config.model.build(1, config.hardware.dtype),

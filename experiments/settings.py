@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -56,7 +55,7 @@ class ResNet:
     stage_sizes: tuple[int, ...] = (2, 2, 2, 2)  # blocks in each stage
     block: Literal["basic", "bottleneck", "preact_basic", "preact_bottleneck"] = "basic"  # the kind of block
     width: int = 64  # channels of the first stage; each stage doubles them
-    stem: str = "small"  # small: 3x3 for images up to 64 pixels; imagenet: 7x7 and pooling
+    stem: str = "imagenet"  # imagenet: 7x7 and pooling; small: 3x3 for images up to 64 pixels; pooled: 3x3 and pooling
     norm: str = "group"  # group, batch or layer
     activation: str = "relu"  # relu, gelu, silu, tanh, ...
     zero_init: bool = True  # begin with each residual branch at zero
@@ -182,23 +181,17 @@ class Loop:
 class Hardware:
     """Devices and precision."""
 
-    cpu_devices: int = 1  # virtual devices on a CPU; one a core makes convolutions faster
     devices: int | None = None  # devices to spread each batch over; all where None
     microbatches: int = 1  # parts of a batch computed one after the other, for less memory
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # parameters stay float32
 
     def problems(self) -> Iterator[str]:
-        counts = {"cpu_devices": self.cpu_devices, "microbatches": self.microbatches, "devices": self.devices}
+        counts = {"microbatches": self.microbatches, "devices": self.devices}
         yield from (f"{name}={n} must be at least 1." for name, n in counts.items() if n is not None and n < 1)
 
     @property
     def dtype(self) -> Any:
         return jnp.dtype(self.compute_dtype)
-
-    def start(self) -> None:
-        """Sets what must be set before JAX starts its backend."""
-        if self.cpu_devices > 1:
-            jax.config.update("jax_num_cpu_devices", self.cpu_devices)
 
     def scaled(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
         """Adds dynamic loss scaling where the gradients are float16."""

@@ -291,6 +291,8 @@ class _Loop:
 
     def _resume(self) -> int:
         if self.store is None or not self.store.steps():
+            for step, reason in ({} if self.store is None else self.store.damaged()).items():
+                self._note(f"checkpoint {step} is not whole ({reason}); starting from the beginning")
             for writer in self.writers:
                 writer.resume(0)
             return int(self.state.step)

@@ -56,7 +56,9 @@ class Run:
         is_verbose: bool = True,
     ) -> None:
         self.directory = _writable(Path(directory))
-        notes = _settle_config(self.directory / "config.json", config, allow)
+        self._config_path = self.directory / "config.json"
+        self._config_before = self._config_path.read_bytes() if self._config_path.exists() else None
+        notes = _settle_config(self._config_path, config, allow)
         self.environment = environment()
         replace_text(self.directory / "environment.json", json.dumps(self.environment, indent=2) + "\n")
         self.store = Store(
@@ -71,7 +73,8 @@ class Run:
             CsvWriter(self.directory / "metrics.csv"),
             TensorBoardWriter(self.directory / "tensorboard"),
         ]
-        start = max(self.store.steps(), default=0)
+        self._steps_before = self.store.steps()
+        start = max(self._steps_before, default=0)
         self.progress = Progress(total_steps, start, examples_per_step=batch_size) if is_verbose else None
         if start >= total_steps:
             notes.append(f"{self.directory} is complete; delete it or choose another --config.out to train anew")
@@ -89,7 +92,16 @@ class Run:
             writer.close()
         if self.progress is not None:
             self.progress.close()
+        if isinstance(error, JaxdlError) and error.exit_code == 2 and self.store.steps() == self._steps_before:
+            self._forget_config()
         self.store.__exit__(kind, error, trace)
+
+    def _forget_config(self) -> None:
+        """Nothing was begun with this configuration: the saved one still is that of the checkpoints."""
+        if self._config_before is None:
+            self._config_path.unlink(missing_ok=True)
+        else:
+            self._config_path.write_bytes(self._config_before)
 
 
 def _writable(directory: Path) -> Path:

@@ -112,7 +112,7 @@ def test_zero_init_starts_a_block_as_its_shortcut_and_lets_it_learn(block, norm)
         assert any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize(("stem", "side"), [("imagenet", 8), ("small", 32)])
+@pytest.mark.parametrize(("stem", "side"), [("imagenet", 8), ("small", 32), ("pooled", 16)])
 def test_the_stem_decides_the_first_stages_size(stem, side):
     net = ResNet(n_outputs=2, stage_sizes=(1,), width=4, stem=stem)
     _, state = jax.eval_shape(

@@ -137,6 +137,8 @@ def add_hashes(records: Mapping[str, LeafRecord], arrays: Mapping[str, np.ndarra
 def not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
     """One line for every array that holds a NaN or an infinity.
 
+    An infinite scalar is let through: optimizers use it for "no value yet", as reduce-on-plateau does.
+
     Example:
       >>> not_finite({"a": np.float32([1.0, np.nan]), "b": np.int32([1])})
       ['a: 1 of 2 values are NaN or infinite.']
@@ -144,7 +146,8 @@ def not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
     lines = []
     for path, array in arrays.items():
         if jnp.issubdtype(array.dtype, jnp.inexact):
-            n_bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+            is_good = np.isfinite(array) if array.ndim else ~np.isnan(array)
+            n_bad = int(array.size - np.count_nonzero(is_good))
             lines += [f"{path}: {n_bad} of {array.size} values are NaN or infinite."] if n_bad else []
     return lines
 

@@ -89,7 +89,8 @@ def _open(name: str, split: str, data_dir: str | Path | None) -> TfdsSource:
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise JaxdlError(f"TFDS cannot open {name!r}: {error}") from error
     try:
-        names = getattr((builder.info.features or {}).get("label"), "names", ())
+        features = builder.info.features
+        names = getattr(features["label"], "names", ()) if features and "label" in features else ()
         return TfdsSource(builder.as_data_source(split=split), tuple(names))
     except (NotImplementedError, AssertionError, ValueError, OSError, KeyError) as error:
         raise _explained(builder, name, split, error) from error

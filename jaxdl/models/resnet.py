@@ -24,7 +24,7 @@ from jaxdl.models.layers import (
 )
 from jaxdl.models.pooling import max_pool
 
-_STEMS = ("imagenet", "small")
+_STEMS = ("imagenet", "small", "pooled")
 
 
 class _Block(nn.Module):
@@ -172,7 +172,8 @@ class ResNet(nn.Module):
       stage_sizes: blocks in each stage; each stage but the first halves the image.
       block: the block's class, such as `BasicBlock`; a `partial` of it will do.
       width: features of the first stage, doubled from stage to stage.
-      stem: "imagenet" (7x7 stride 2, then 3x3 max-pool stride 2) or "small" (3x3, for images of 28 to 64 pixels).
+      stem: "imagenet" (7x7 stride 2, then 3x3 max-pool stride 2), "small" (3x3, for images of 28 to 64 pixels) or
+        "pooled" (3x3, then 2x2 max-pool: a quarter of the work of "small").
       norm: a name of `make_norm` (read there what "batch" means under jit, pmap and microbatches), or a function.
       activation: a name of `make_activation`, or a function.
       zero_init: starts each block as its shortcut: a zero scale in its last norm (Goyal et al. 2017); with
@@ -232,8 +233,8 @@ class ResNet(nn.Module):
         x = conv(x.astype(self.dtype), self.width, size, strides=strides, use_bias=use_bias, name="stem_conv", **dtypes)
         if not is_preactivation:
             x = activation(norm(x, train=train, name="stem_norm", **dtypes))
-        if self.stem == "imagenet":
-            x = max_pool(x, 3, 2, 1)
+        if self.stem != "small":
+            x = max_pool(x, 3, 2, 1) if self.stem == "imagenet" else max_pool(x, 2)
         for i, n_blocks in enumerate(self.stage_sizes):
             x = _Stage(block, n_blocks, self.width * 2**i, 1 if i == 0 else 2, name=f"stage_{i}")(x, train=train)
         if is_preactivation:
