@@ -12,7 +12,8 @@ import optax
 
 from jaxdl import JaxdlError, make_optimizer, make_schedule, models, optim
 from jaxdl.config import Duration
-from jaxdl.loop import EarlyStopping, Profile
+from jaxdl.early_stopping import EarlyStopping
+from jaxdl.loop import Profile
 
 PathRules = tuple[tuple[str, float], ...]
 

@@ -15,7 +15,8 @@ from experiments import settings
 from jaxdl import create_state, guard, make_train_step
 from jaxdl.config import Parsed, leaf_values
 from jaxdl.data import Pipeline, eval_batches
-from jaxdl.loop import FitResult, fit, make_evaluator
+from jaxdl.evaluation import make_evaluator
+from jaxdl.loop import FitResult, fit
 from jaxdl.models.apply import init_model, make_loss_fn
 from jaxdl.objectives import Objective
 from jaxdl.optim import eval_params

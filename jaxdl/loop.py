@@ -7,49 +7,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxdl import metrics as metrics_lib
 from jaxdl import nonfinite
-from jaxdl.compilation import Compiled
+from jaxdl.early_stopping import EarlyStopping, Patience
 from jaxdl.errors import JaxdlError
+from jaxdl.evaluation import Evaluator
 from jaxdl.feed import Feed, make_feed
 from jaxdl.losses import LossFn
-from jaxdl.optim import eval_params
 from jaxdl.signals import StopFlag
 from jaxdl.state import TrainState
-from jaxdl.step import Step, make_eval_step
+from jaxdl.step import Step
 from jaxdl.steplog import NonFiniteStep, Row, StepLog
-
-Evaluator = Callable[[TrainState, StopFlag], dict[str, Any] | None]
-
-
-@dataclass(frozen=True)
-class EarlyStopping:
-    """Stops when an evaluated metric has not improved for a while.
-
-    Attributes:
-      metric: the name as it is logged, such as `"eval/loss"`.
-      patience: evaluations without improvement before the run stops.
-      mode: `"min"` or `"max"`.
-      min_delta: an improvement smaller than this does not count.
-    """
-
-    metric: str
-    patience: int
-    mode: str = "min"
-    min_delta: float = 0.0
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.mode not in ("min", "max"):
-            problems.append(f"mode={self.mode!r} must be 'min' or 'max'.")
-        if self.patience < 1:
-            problems.append(f"patience={self.patience} must be at least 1.")
-        if self.min_delta < 0:
-            problems.append(f"min_delta={self.min_delta} must not be negative.")
-        if problems:
-            raise JaxdlError.listing("early stopping", problems)
 
 
 @dataclass(frozen=True)
@@ -89,56 +58,6 @@ class FitResult(NamedTuple):
     stopped_by: str | None
     evaluations: dict[str, Any]
     timing: Timing
-
-
-def make_evaluator(loss_fn: LossFn, batches: Iterable[Mapping[str, np.ndarray]]) -> Evaluator:
-    """Makes a function that evaluates a state on all batches.
-
-    It uses the averaged parameters where the optimizer keeps some (EMA, schedule-free).
-
-    Args:
-      loss_fn: the loss with dropout off, as for `make_eval_step`.
-      batches: host batches of one shape; padding rows have `weight` 0.
-
-    Returns:
-      `(state, stop) -> finished metrics`, or None if `stop` was raised before the last batch.
-    """
-    eval_step = Compiled(make_eval_step(loss_fn), name="eval_step")
-
-    def evaluate_state(state: TrainState, stop: StopFlag) -> dict[str, Any] | None:
-        state = state.replace(params=eval_params(state.opt_state, state.params), opt_state=())
-        on_device = []
-        for batch in batches:
-            if stop:
-                return None
-            on_device.append(eval_step(state, jax.device_put(dict(batch), _data_sharding(state))))
-        total: dict[str, Any] = {}
-        for sums in jax.device_get(on_device):
-            total = metrics_lib.add(total, jax.tree.map(lambda x: np.asarray(x, np.float64), sums))
-        return metrics_lib.finish(total)
-
-    return evaluate_state
-
-
-def _data_sharding(state: TrainState) -> Any:
-    sharding = state.step.sharding
-    return sharding if len(sharding.device_set) > 1 else None
-
-
-def evaluate(loss_fn: LossFn, state: TrainState, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """Evaluates a state on all batches, once.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxdl import LossOut, losses
-      >>> def loss_fn(params, extra, batch, rng):
-      ...     return LossOut(*losses.squared_error(batch["x"], batch["y"], batch["weight"]))
-      >>> state = TrainState(jnp.int32(0), {}, {}, (), jax.random.key(0))
-      >>> batch = {"x": np.ones(2, np.float32), "y": np.zeros(2, np.float32), "weight": np.ones(2, np.float32)}
-      >>> evaluate(loss_fn, state, [batch, batch])
-      {'loss': 1.0}
-    """
-    return make_evaluator(loss_fn, batches)(state, StopFlag()) or {}
 
 
 def fit(
@@ -205,7 +124,7 @@ def fit(
         writers=list(writers),
         log=StepLog(log_every),
         progress=progress,
-        early_stopping=early_stopping,
+        patience=Patience(early_stopping),
         profile=profile,
     )
     with StopFlag() as stop:
@@ -254,12 +173,10 @@ class _Loop:
     writers: list[Any]
     log: StepLog
     progress: Any
-    early_stopping: EarlyStopping | None
+    patience: Patience
     profile: Profile | None
     timing: Timing = field(default_factory=Timing)
     evaluations: dict[str, Any] = field(default_factory=dict)
-    best: float | None = None
-    n_without_gain: int = 0
     saved_step: int = -1
     evaluated_step: int = -1
 
@@ -269,6 +186,7 @@ class _Loop:
         stopped_by = None
         try:
             self.feed.start(step, self.steps)
+            stopped_by = self._catch_up(step, stop)
             while step < self.steps and not stopped_by:
                 n = self.feed.chunk(self._boundary(step) - step)
                 self._trace(step - first)
@@ -300,12 +218,19 @@ class _Loop:
         self.state, step = restored.state, restored.step
         saved = restored.metadata
         self.log.from_json(saved["log"])
-        self.best, self.n_without_gain = saved["best"], saved["n_without_gain"]
+        self.patience.from_json(saved["patience"])
         self.saved_step = step
+        self.evaluated_step = step if saved["is_evaluated"] else -1
         for writer in self.writers:
             writer.resume(step)
         self._note(f"resumed from the checkpoint of step {step}")
         return step
+
+    def _catch_up(self, step: int, stop: StopFlag) -> str | None:
+        """What the process before left undone at the step it saved: an evaluation cut off by a signal, or stopping."""
+        is_owed = step % self.eval_every == 0 and self.evaluated_step != step
+        is_resumed = self.saved_step == step and 0 < step < self.steps
+        return self._evaluate(step, stop) if is_resumed and (is_owed or self.patience.is_spent) else None
 
     def _boundary(self, step: int) -> int:
         every = (self.log.every, self.eval_every, self.checkpoint_every)
@@ -357,26 +282,19 @@ class _Loop:
         self.evaluations, self.evaluated_step = found, step
         self._emit(step, metrics_lib.scalars(found))
         self._note(f"step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in _headline(found).items()))
-        return "early stopping" if self._is_stale(found) and step < self.steps else None
-
-    def _is_stale(self, found: Mapping[str, Any]) -> bool:
-        rule = self.early_stopping
-        if rule is None or not found:
-            return False
-        if rule.metric not in found:
-            known = ", ".join(metrics_lib.scalars(found))
-            raise JaxdlError(f"early stopping watches {rule.metric!r}, which no evaluator gives; there are: {known}.")
-        value = found[rule.metric] if rule.mode == "min" else -found[rule.metric]
-        is_better = self.best is None or value < self.best - rule.min_delta
-        self.best, self.n_without_gain = (value, 0) if is_better else (self.best, self.n_without_gain + 1)
-        return self.n_without_gain >= rule.patience
+        return "early stopping" if self.patience.is_over(found) and step < self.steps else None
 
     def _save(self, step: int) -> None:
         if self.store is None:
             return
         self._write(self.log.drain())
-        metadata = {"log": self.log.to_json(), "best": self.best, "n_without_gain": self.n_without_gain}
-        scores = metrics_lib.scalars(self.evaluations) if self.evaluated_step == step else None
+        is_evaluated = self.evaluated_step == step
+        metadata = {
+            "log": self.log.to_json(),
+            "patience": self.patience.to_json(),
+            "is_evaluated": is_evaluated,
+        }
+        scores = metrics_lib.scalars(self.evaluations) if is_evaluated else None
         self._timed("save_s", lambda: self.store.save(step, self.state, metadata=metadata, metrics=scores))
         self.saved_step = step
 

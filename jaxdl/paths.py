@@ -82,52 +82,94 @@ def match(rules: Rules, tree: Tree, *, what: str = "rules") -> Tree:
       {'body': {'bias': False, 'kernel': False}, 'head': {'kernel': True}}
     """
     paths = list(flatten(tree))
-    compiled, problems = _compile(rules)
-    winners = [next((i for i, regex in compiled if regex.fullmatch(path)), None) for path in paths]
-    problems += _uncovered(paths, winners)
-    problems += _dead(compiled, rules, paths, set(winners))
+    problems = [f"rule {i} is {rule!r}; a rule is a pair (regex, value)." for i, rule in _not_pairs(rules)]
+    pairs = [rule for i, rule in enumerate(rules) if i not in dict(_not_pairs(rules))]
+    claimed, more = claim([regex for regex, _ in pairs], paths)
+    problems += more + _uncovered([path for path in paths if path not in claimed])
     if problems:
         raise RuleError.listing(f"{what} rules", problems)
-    return jax.tree.unflatten(jax.tree.structure(tree), [rules[i][1] for i in winners if i is not None])
+    return jax.tree.unflatten(jax.tree.structure(tree), [pairs[claimed[path][0]][1] for path in paths])
 
 
-def _compile(rules: Sequence[Any]) -> tuple[list[tuple[int, re.Pattern[str]]], list[str]]:
-    compiled, problems = [], []
-    for i, rule in enumerate(rules):
-        if not (isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)):
-            problems.append(f"rule {i} is {rule!r}; a rule is a pair (regex, value).")
-            continue
-        try:
-            compiled.append((i, re.compile(rule[0])))
-        except re.error as error:
-            problems.append(f"rule {rule[0]!r} is not a regular expression: {error}.")
-    return compiled, problems
+def _not_pairs(rules: Sequence[Any]) -> list[tuple[int, Any]]:
+    return [
+        (i, rule)
+        for i, rule in enumerate(rules)
+        if not (isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str))
+    ]
 
 
-def _uncovered(paths: list[str], winners: list[int | None]) -> list[str]:
-    missed = [path for path, winner in zip(paths, winners, strict=True) if winner is None]
+def _uncovered(missed: list[str]) -> list[str]:
     if not missed:
         return []
     shown = ", ".join(missed[:8]) + (f" and {len(missed) - 8} more" if len(missed) > 8 else "")
     return [f"no rule covers {shown}; end the list with ('.*', default) or name them."]
 
 
-def _dead(
-    compiled: list[tuple[int, re.Pattern[str]]], rules: Rules, paths: list[str], won: set[int | None]
-) -> list[str]:
-    problems = []
-    for i, regex in compiled:
-        if i in won:
+def claim(
+    patterns: Sequence[str], paths: Iterable[str], *, what: str = "rule"
+) -> tuple[dict[str, tuple[int, re.Match[str]]], list[str]]:
+    """Gives each path to the first pattern that matches the whole of it.
+
+    Args:
+      patterns: regular expressions.
+      paths: the real paths.
+      what: how a problem calls a pattern.
+
+    Returns:
+      `({path: (number of the pattern, its match)}, problems)`: a line for each pattern that is invalid or wins no path.
+
+    Example:
+      >>> claimed, problems = claim(["head/.*", "haed/.*"], ["body/kernel", "head/kernel"])
+      >>> {path: i for path, (i, _) in claimed.items()}, problems
+      ({'head/kernel': 0}, ["rule 'haed/.*' matches nothing; nearest paths: head/kernel, body/kernel."])
+    """
+    paths, problems = list(paths), []
+    claimed: dict[str, tuple[int, re.Match[str]]] = {}
+    for i, pattern in enumerate(patterns):
+        try:
+            hits = {path: (i, hit) for path in paths if (hit := re.fullmatch(pattern, path))}
+        except re.error as error:
+            problems.append(f"{what} {pattern!r} is not a regular expression: {error}.")
             continue
-        hits = [path for path in paths if regex.fullmatch(path)]
-        if hits:
-            problems.append(
-                f"rule {rules[i][0]!r} only matches leaves that earlier rules took ({hits[0]}); move it up."
-            )
-        else:
-            near = ", ".join(nearest(rules[i][0], paths)) or "the tree has no leaves"
-            problems.append(f"rule {rules[i][0]!r} matches nothing; nearest paths: {near}.")
-    return problems
+        if not hits:
+            near = ", ".join(nearest(pattern, paths)) or "there are none"
+            problems.append(f"{what} {pattern!r} matches nothing; nearest paths: {near}.")
+        elif hits.keys() <= claimed.keys():
+            taken = next(iter(hits))
+            problems.append(f"{what} {pattern!r} only matches leaves that earlier rules took ({taken}); move it up.")
+        claimed = {**hits, **claimed}
+    return {path: claimed[path] for path in paths if path in claimed}, problems
+
+
+def rename(rules: Sequence[tuple[str, str]], paths: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Renames paths by `(regex, replacement)` pairs, as `re.sub` does on the whole path; the first match wins.
+
+    Args:
+      rules: `("encoder/(.*)", r"enc/\\1")`.
+      paths: the old paths; one that no rule matches keeps its name.
+
+    Returns:
+      `({new path: old path}, problems)`.
+
+    Example:
+      >>> rename([("encoder/(.*)", r"enc/\\1")], ["encoder/kernel", "head/kernel"])
+      ({'enc/kernel': 'encoder/kernel', 'head/kernel': 'head/kernel'}, [])
+    """
+    paths = list(paths)
+    claimed, problems = claim([pattern for pattern, _ in rules], paths, what="rename rule")
+    named: dict[str, str] = {}
+    for old in paths:
+        i, hit = claimed.get(old, (0, None))
+        try:
+            new = hit.expand(rules[i][1]) if hit else old
+        except (re.error, IndexError) as error:
+            problems.append(f"rename rule {rules[i][0]!r} has a wrong replacement: {error}.")
+            continue
+        if new in named:
+            problems.append(f"{named[new]} and {old} both become {new}; rename or drop one of them.")
+        named[new] = old
+    return named, problems
 
 
 def nearest(name: str, candidates: Iterable[str], *, n: int = 3) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxdl import paths
 from jaxdl.checkpoint import Store
-from jaxdl.config import check_resume, from_json, to_json
+from jaxdl.config import ConfigError, check_resume, from_json, to_json
 from jaxdl.errors import JaxdlError
 from jaxdl.optim import multipliers
 from jaxdl.paths import Rules, Tree
@@ -119,11 +119,13 @@ def _settle_config(path: Path, config: Any, allow: Sequence[str]) -> list[str]:
     notes = []
     if path.exists():
         try:
-            notes = check_resume(from_json(type(config), path.read_text()), config, allow=allow)
-        except UnicodeDecodeError as error:
+            saved = from_json(type(config), path.read_text())
+        except (UnicodeDecodeError, ConfigError) as error:
             raise JaxdlError(
-                f"{path} is damaged: {error}; restore it from a backup or start in another folder."
+                f"{path} is damaged or of another experiment. Restore it from a backup, or start in another folder.\n"
+                f"{error}"
             ) from None
+        notes = check_resume(saved, config, allow=allow)
     replace_text(path, to_json(config))
     return notes
 

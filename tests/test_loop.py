@@ -16,7 +16,9 @@ from jaxdl import JaxdlError, create_state, guard, make_optimizer, make_train_st
 from jaxdl.checkpoint import Store
 from jaxdl.compilation import Compiled, RetraceError
 from jaxdl.data import ArraySource, Pipeline, eval_batches, random_flip
-from jaxdl.loop import EarlyStopping, Profile, evaluate, fit, make_evaluator
+from jaxdl.early_stopping import EarlyStopping
+from jaxdl.evaluation import evaluate, make_evaluator
+from jaxdl.loop import Profile, fit
 from jaxdl.models import MLP
 from jaxdl.models.apply import init_model, make_loss_fn
 from jaxdl.nonfinite import NonFiniteError

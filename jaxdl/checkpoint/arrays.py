@@ -5,6 +5,7 @@ Orbax gets nested dicts of host arrays, so that any topology, and plain Orbax wi
 
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 from jaxdl.checkpoint.manifest import CheckpointCorrupt, CheckpointError, LeafRecord
 from jaxdl.paths import flatten
 
+_LOGGERS = ("absl", "asyncio")  # Orbax logs to the first; its failed tasks are reported to the second
 TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to a folder that it has not committed
 
 
@@ -37,7 +39,9 @@ class Writer:
 
     def __init__(self) -> None:
         self._filter = _NotFromOrbax()
-        logging.getLogger("absl").addFilter(self._filter)
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(self._filter)
+        _hear_no_closed_loop()
         # Directories made in the background leave threads that wait for ten minutes when that fails, at exit too.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
@@ -62,7 +66,8 @@ class Writer:
     def close(self) -> None:
         """Ends the background threads."""
         self._orbax.close()
-        logging.getLogger("absl").removeFilter(self._filter)
+        for name in _LOGGERS:
+            logging.getLogger(name).removeFilter(self._filter)
 
     def abandon(self) -> None:
         """Ends the background threads after an error, as far as they can be; late messages stay unheard."""
@@ -137,7 +142,20 @@ def one_line(error: BaseException) -> str:
 
 class _NotFromOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
+        return f"{os.sep}orbax{os.sep}" not in record.pathname + record.getMessage()
+
+
+def _hear_no_closed_loop() -> None:
+    """Orbax closes its event loop at the first write that fails; each write after it would print a traceback of that."""
+    heard = sys.unraisablehook
+    if heard.__name__ == "_hook_of_jaxdl":
+        return
+
+    def _hook_of_jaxdl(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            heard(unraisable)
+
+    sys.unraisablehook = _hook_of_jaxdl
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxdl import paths
 from jaxdl.checkpoint import arrays as disk
 from jaxdl.checkpoint import folders
 from jaxdl.checkpoint import manifest as manifests
@@ -183,9 +183,9 @@ def _plan(
     has_prefix = any(path.startswith(PREFIX) for path in saved) and not any(path.startswith(PREFIX) for path in model)
     prefix = PREFIX if has_prefix else ""
     saved = {path.removeprefix(prefix): record for path, record in saved.items() if path.startswith(prefix)}
-    dropped, problems = _claim("drop", drop, saved)
-    named, more = _rename(rename, [path for path in saved if path not in dropped])
-    kept, dead = _claim("fresh", fresh, model)
+    dropped, problems = paths.claim(drop, saved, what="drop rule")
+    named, more = paths.rename(rename, [path for path in saved if path not in dropped])
+    kept, dead = paths.claim(fresh, model, what="fresh rule")
     problems += more + dead + _abstract(kept, flatten(like))
     loaded = {path: named[path] for path in model if path in named and path not in kept}
     problems += _unfilled(model, kept, named, saved)
@@ -195,43 +195,6 @@ def _plan(
     if problems:
         raise CheckpointMismatch.listing("the checkpoint does not fill the model", problems)
     return _Plan(prefix, loaded, tuple(kept), tuple(path for path in saved if path not in taken))
-
-
-def _claim(what: str, patterns: Sequence[str], paths: Iterable[str]) -> tuple[dict[str, re.Match[str]], list[str]]:
-    """The match of the first regex that fits each whole path, and the regexes that are invalid or win nothing."""
-    claimed: dict[str, re.Match[str]] = {}
-    problems = []
-    for pattern in patterns:
-        try:
-            found = {path: match for path in paths if (match := re.fullmatch(pattern, path))}
-        except re.error as error:
-            problems.append(f"{what} rule {pattern!r} is not a regular expression: {error}.")
-            continue
-        if not found:
-            near = ", ".join(nearest(pattern, paths)) or "there are none"
-            problems.append(f"{what} rule {pattern!r} matches nothing; nearest paths: {near}.")
-        elif not found.keys() - claimed.keys():
-            problems.append(f"{what} rule {pattern!r} only matches leaves that earlier rules took; move it up.")
-        claimed = {**found, **claimed}
-    return {path: claimed[path] for path in paths if path in claimed}, problems
-
-
-def _rename(rules: Sequence[tuple[str, str]], paths: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """`{new path: old path}`; a path that no rule matches keeps its name."""
-    replacement = dict(reversed(rules))  # the first of two equal patterns wins
-    matches, problems = _claim("rename", [pattern for pattern, _ in rules], paths)
-    named: dict[str, str] = {}
-    for old in paths:
-        match = matches.get(old)
-        try:
-            new = match.expand(replacement[match.re.pattern]) if match else old
-        except (re.error, IndexError) as error:
-            problems.append(f"rename rule {match and match.re.pattern!r} has a wrong replacement: {error}.")
-            continue
-        if new in named:
-            problems.append(f"{named[new]} and {old} both become {new}; rename or drop one of them.")
-        named[new] = old
-    return named, problems
 
 
 def _abstract(fresh: Iterable[str], flat: Mapping[str, Any]) -> list[str]:

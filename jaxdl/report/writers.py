@@ -42,9 +42,12 @@ class _RowFile:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._file: IO[str] | None = None
+        self._resumed_rows: set[str] = set()  # of the step that was resumed: an evaluation may be made again there
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._append(checked_row(step, scalars))
+        row = checked_row(step, scalars)
+        if json_line(row) not in self._resumed_rows:
+            self._append(row)
 
     def flush(self) -> None:
         if self._file is not None:
@@ -58,7 +61,9 @@ class _RowFile:
     def resume(self, step: int) -> None:
         self.close()
         if self.path.exists():
-            self._rewrite([row for row in read_history(self.path) if row["step"] <= step])
+            rows = [row for row in read_history(self.path) if row["step"] <= step]
+            self._rewrite(rows)
+            self._resumed_rows = {json_line(row) for row in rows if row["step"] == step}
 
     def _open(self) -> IO[str]:
         """Opens for appending, one system write a row; a torn last line of an earlier run is cut off first."""

@@ -1,0 +1,67 @@
+"""Evaluation: the sums of every batch, added on the host, divided once."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdl import metrics as metrics_lib
+from jaxdl.compilation import Compiled
+from jaxdl.losses import LossFn
+from jaxdl.optim import eval_params
+from jaxdl.signals import StopFlag
+from jaxdl.state import TrainState
+from jaxdl.step import make_eval_step
+
+Evaluator = Callable[[TrainState, StopFlag], dict[str, Any] | None]
+
+
+def make_evaluator(loss_fn: LossFn, batches: Iterable[Mapping[str, np.ndarray]]) -> Evaluator:
+    """Makes a function that evaluates a state on all batches.
+
+    It uses the averaged parameters where the optimizer keeps some (EMA, schedule-free).
+
+    Args:
+      loss_fn: the loss with dropout off, as for `make_eval_step`.
+      batches: host batches of one shape; padding rows have `weight` 0.
+
+    Returns:
+      `(state, stop) -> finished metrics`, or None if `stop` was raised before the last batch.
+    """
+    eval_step = Compiled(make_eval_step(loss_fn), name="eval_step")
+
+    def evaluate_state(state: TrainState, stop: StopFlag) -> dict[str, Any] | None:
+        state = state.replace(params=eval_params(state.opt_state, state.params), opt_state=())
+        on_device = []
+        for batch in batches:
+            if stop:
+                return None
+            on_device.append(eval_step(state, jax.device_put(dict(batch), _data_sharding(state))))
+        total: dict[str, Any] = {}
+        for sums in jax.device_get(on_device):
+            total = metrics_lib.add(total, jax.tree.map(lambda x: np.asarray(x, np.float64), sums))
+        return metrics_lib.finish(total)
+
+    return evaluate_state
+
+
+def _data_sharding(state: TrainState) -> Any:
+    sharding = state.step.sharding
+    return sharding if len(sharding.device_set) > 1 else None
+
+
+def evaluate(loss_fn: LossFn, state: TrainState, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Evaluates a state on all batches, once.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxdl import LossOut, losses
+      >>> def loss_fn(params, extra, batch, rng):
+      ...     return LossOut(*losses.squared_error(batch["x"], batch["y"], batch["weight"]))
+      >>> state = TrainState(jnp.int32(0), {}, {}, (), jax.random.key(0))
+      >>> batch = {"x": np.ones(2, np.float32), "y": np.zeros(2, np.float32), "weight": np.ones(2, np.float32)}
+      >>> evaluate(loss_fn, state, [batch, batch])
+      {'loss': 1.0}
+    """
+    return make_evaluator(loss_fn, batches)(state, StopFlag()) or {}
