@@ -3,6 +3,7 @@
 Orbax gets nested dicts of host arrays, so that any topology, and plain Orbax without jaxdl, can read them.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -145,17 +146,16 @@ class _NotFromOrbax(logging.Filter):
         return f"{os.sep}orbax{os.sep}" not in record.pathname + record.getMessage()
 
 
+@functools.cache
 def _hear_no_closed_loop() -> None:
     """Orbax closes its event loop at the first write that fails; each write after it would print a traceback of that."""
     heard = sys.unraisablehook
-    if heard.__name__ == "_hook_of_jaxdl":
-        return
 
-    def _hook_of_jaxdl(unraisable: "sys.UnraisableHookArgs") -> None:
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             heard(unraisable)
 
-    sys.unraisablehook = _hook_of_jaxdl
+    sys.unraisablehook = hook
 
 
 @contextmanager
