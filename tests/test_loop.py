@@ -77,7 +77,7 @@ def log_of(folder):
     return (folder / "metrics.jsonl").read_text()
 
 
-def test_every_way_of_feeding_gives_the_same_bits():
+def test_every_way_of_feeding_gives_the_same_numbers():
     want = run(is_resident=False)
     for options in (
         {"is_resident": True},

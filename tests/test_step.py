@@ -232,7 +232,8 @@ def test_guard_skip_leaves_the_update_out():
 def test_a_guarded_step_equals_a_bare_one_on_good_batches():
     loss_fn, tx, state = setup(dropout_rate=0.2)
     step = make_train_step(loss_fn, tx)
-    chex.assert_trees_all_equal(run(jax.jit(guard(step)), state)[0].params, run(jax.jit(step), state)[0].params)
+    guarded, bare = run(jax.jit(guard(step)), state)[0], run(jax.jit(step), state)[0]
+    chex.assert_trees_all_close(guarded.params, bare.params, atol=1e-6)
 
 
 def test_eval_sums_over_padded_batches_equal_the_whole():
