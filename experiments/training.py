@@ -164,13 +164,18 @@ def _report(
             train="train",
             evaluation="validation" if "validation" in task.evaluated else "test",
         ),
-        history=history,
+        history=[{name: row[name] for name in row if _is_curve(name)} for row in history],
         parameters=rows,
         config=leaf_values(parsed.config),
         config_sources=parsed.sources,
         environment=run.environment,
         checkpoints=[{"step": step, "folder": f"checkpoints/{step}"} for step in run.store.steps()],
     )
+
+
+def _is_curve(name: str) -> bool:
+    """Not the epoch, and no part of a composite metric such as `test/confusion/recall`."""
+    return name != "epoch" and name.count("/") < 2
 
 
 def predict(task: Task, result: FitResult) -> np.ndarray:

@@ -47,6 +47,6 @@ def run_command(
         print(f"error: {error}. Free space or choose another folder; saved checkpoints are intact.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped by a second Ctrl-C; the last complete checkpoint is intact.", file=sys.stderr)
+        print("stopped by Ctrl-C without saving; the last complete checkpoint is intact.", file=sys.stderr)
         return 130
     return 0

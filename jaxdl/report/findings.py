@@ -179,8 +179,8 @@ def find_unfinished(train: Curve, evaluation: Curve) -> list[Finding]:
 
 
 def find_scattered(curve: Curve) -> list[Finding]:
-    """The points of a loss scatter by more than a fifth of what it came down."""
-    if len(curve) < MIN_POINTS or curve.scatter <= max(_NOISE * curve.learned, 1e-3 * abs(curve.end)):
+    """The points of a loss scatter by more than a fifth of what it came down, and a twentieth of where it is."""
+    if len(curve) < MIN_POINTS or curve.scatter <= max(_NOISE * curve.learned, 0.05 * abs(curve.end)):
         return []
     what = f"{curve.name} scatters by {format_number(curve.scatter)} from point to point"
     return [Finding("noisy", f"{what} and came down by {format_number(curve.learned)} in all.")]
