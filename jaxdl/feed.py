@@ -10,6 +10,7 @@ from jaxdl.data.prefetch import prefetch
 from jaxdl.errors import JaxdlError
 from jaxdl.state import TrainState
 from jaxdl.step import Step, on_rows, repeat
+from jaxdl.steplog import Packing
 
 RESIDENT_LIMIT_BYTES = 512 * 2**20
 
@@ -59,6 +60,8 @@ class Feed:
         self.data, self.steps_per_call = data, steps_per_call
         self._one = None if mesh is None else jax.NamedSharding(mesh, jax.P("data"))
         self._many = None if mesh is None else jax.NamedSharding(mesh, jax.P(None, "data"))
+        self.packing = Packing()
+        step = self.packing.packed(step)
         self.compiled = Compiled(step, donate_argnums=(0,), name="train_step")
         self._repeated = Compiled(repeat(step, steps_per_call), donate_argnums=(0,), name="repeated train_step")
         self._batches: Any = None
@@ -78,7 +81,7 @@ class Feed:
         """How many steps the next call makes when `limit` are left to the next boundary."""
         return self.steps_per_call if limit >= self.steps_per_call else 1
 
-    def call(self, state: TrainState, step: int, n: int) -> tuple[TrainState, dict[str, Any]]:
+    def call(self, state: TrainState, step: int, n: int) -> tuple[TrainState, jax.Array]:
         if n == 1:
             batch = next(self._batches)
             return self.compiled(state, batch if self.steps_per_call == 1 else jax.device_put(batch, self._one))
@@ -96,6 +99,7 @@ class ResidentFeed(Feed):
 
     def __init__(self, step: Step, data: Any, arrays: Any, steps_per_call: int, mesh: jax.sharding.Mesh | None) -> None:
         super().__init__(step, data, steps_per_call, mesh)
+        step = self.packing.packed(step)
         self._dataset = jax.device_put(dict(arrays), None if mesh is None else jax.NamedSharding(mesh, jax.P()))
         self.compiled = Compiled(
             lambda state, dataset, rows: on_rows(step, dataset)(state, rows), donate_argnums=(0,), name="train_step"
@@ -113,7 +117,7 @@ class ResidentFeed(Feed):
     def start(self, first: int, stop: int) -> None:
         """Nothing to read ahead."""
 
-    def call(self, state: TrainState, step: int, n: int) -> tuple[TrainState, dict[str, Any]]:
+    def call(self, state: TrainState, step: int, n: int) -> tuple[TrainState, jax.Array]:
         if n == 1:
             return self.compiled(state, self._dataset, self._rows(step, self._one))
         rows = np.stack([self.data.rows(step + i) for i in range(n)]).astype(np.int32)

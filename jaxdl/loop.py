@@ -111,9 +111,10 @@ def fit(
       RetraceError: a batch changed its shape or dtype.
     """
     _check_fit(steps, eval_every, checkpoint_every, log_every, steps_per_call, mesh, data)
+    feed = make_feed(train_step, data, steps_per_call=steps_per_call, is_resident=is_resident, mesh=mesh)
     loop = _Loop(
         state=state if mesh is None else jax.device_put(state, jax.NamedSharding(mesh, jax.P())),
-        feed=make_feed(train_step, data, steps_per_call=steps_per_call, is_resident=is_resident, mesh=mesh),
+        feed=feed,
         data=data,
         steps=steps,
         loss_fn=loss_fn,
@@ -122,7 +123,7 @@ def fit(
         store=store,
         checkpoint_every=checkpoint_every or steps,
         writers=list(writers),
-        log=StepLog(log_every),
+        log=StepLog(log_every, feed.packing),
         progress=progress,
         patience=Patience(early_stopping),
         profile=profile,
@@ -190,10 +191,10 @@ class _Loop:
             while step < self.steps and not stopped_by:
                 n = self.feed.chunk(self._boundary(step) - step)
                 self._trace(step - first)
-                self.state, metrics = self.feed.call(self.state, step, n)
+                self.state, vectors = self.feed.call(self.state, step, n)
                 if step == first:
                     self._first_step(start)
-                self.log.push(step, metrics, n)
+                self.log.push(step, vectors)
                 step += n
                 stopped_by = self._after(step, stop) or stop.name
             stopped_by = self._finish(step, stopped_by, stop)

@@ -1,16 +1,16 @@
-"""Metrics on their way from the device to the log: summed by interval, fetched one interval late."""
+"""Metrics on their way from the device to the log: one small vector a step, fetched one interval late."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxdl import metrics as metrics_lib
 from jaxdl.metrics import METRICS
+from jaxdl.step import Step
 
 Row = tuple[int, dict[str, Any]]
-_BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in METRICS}
 
 
 class NonFiniteStep(Exception):
@@ -21,6 +21,51 @@ class NonFiniteStep(Exception):
         self.step, self.names = step, names
 
 
+class Packing:
+    """How the metrics of a step lie in one float32 vector, so that a step costs one transfer and not one a metric.
+
+    Example:
+      >>> from jaxdl.metrics import Mean
+      >>> packing = Packing()
+      >>> vector = packing.pack({"loss": Mean(jnp.float32(3), jnp.float32(2)), "rate": jnp.float32(0.5)})
+      >>> vector.tolist(), packing.unpack(np.asarray(vector))["loss"].finish()
+      ([3.0, 2.0, 0.5], 1.5)
+    """
+
+    def __init__(self) -> None:
+        self._treedef: Any = None
+        self._shapes: list[tuple[int, ...]] = []
+        self.is_summed = np.zeros(0, bool)
+
+    def pack(self, metrics: Mapping[str, Any]) -> jax.Array:
+        """Joins the leaves, at tracing, and remembers how."""
+        leaves, self._treedef = jax.tree.flatten(dict(metrics))
+        self._shapes = [np.shape(leaf) for leaf in leaves]
+        summed = [
+            np.full(np.size(leaf), isinstance(metrics[name], METRICS))
+            for name in sorted(metrics)
+            for leaf in jax.tree.leaves(metrics[name])
+        ]
+        self.is_summed = np.concatenate(summed)
+        return jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in leaves])
+
+    def unpack(self, vector: np.ndarray) -> dict[str, Any]:
+        """The metrics again, by name."""
+        ends = np.cumsum([int(np.prod(shape)) for shape in self._shapes])
+        parts = np.split(vector, ends[:-1])
+        leaves = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def packed(self, step: Step) -> Step:
+        """The step with its metrics as one vector."""
+
+        def packed_step(state: Any, batch: Any) -> Any:
+            state, metrics = step(state, batch)
+            return state, self.pack(metrics)
+
+        return packed_step
+
+
 class StepLog:
     """Collects the metrics of steps and sums them into one row every `every` steps.
 
@@ -29,24 +74,26 @@ class StepLog:
 
     Args:
       every: steps in a row of the log.
+      packing: how a step's metrics lie in its vector.
 
     Example:
-      >>> from jaxdl.metrics import Mean
-      >>> log = StepLog(every=2)
+      >>> from jaxdl import metrics
+      >>> packing = Packing()
+      >>> log = StepLog(every=2, packing=packing)
       >>> for step in range(3):
-      ...     log.push(step, {"loss": Mean(np.float32(step), np.float32(1))})
-      >>> [(step, metrics_lib.finish(sums)) for step, sums in log.drain()]
+      ...     log.push(step, packing.pack({"loss": metrics.Mean(jnp.float32(step), jnp.float32(1))}))
+      >>> [(step, metrics.finish(sums)) for step, sums in log.drain()]
       [(2, {'loss': 0.5})]
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self._pending: list[tuple[int, int, Any]] = []
-        self._sums: dict[str, Any] = {}
+    def __init__(self, every: int, packing: Packing) -> None:
+        self.every, self._packing = every, packing
+        self._pending: list[tuple[int, Any]] = []
+        self._sums: np.ndarray | None = None
 
-    def push(self, step: int, metrics: Mapping[str, Any], n: int = 1) -> None:
-        """Takes the metrics of the steps `step .. step + n - 1`; for n > 1 the leaves are stacked along axis 0."""
-        self._pending.append((step, n, metrics))
+    def push(self, step: int, vectors: Any) -> None:
+        """Takes the vector of a step, (M,), or those of several steps from `step` on, (n, M)."""
+        self._pending.append((step, vectors))
 
     def drain(self, before: int | None = None) -> list[Row]:
         """Fetches the steps below `before` (all where None) and returns the rows that became complete.
@@ -55,48 +102,39 @@ class StepLog:
           `(step, sums)` pairs, where `step` counts the updates made so far.
 
         Raises:
-          NonFiniteStep: a sum of this step is NaN or infinite; the steps before it are in the sums, the rest is gone.
+          NonFiniteStep: a number of this step is NaN or infinite; the steps before it are in the sums.
         """
         ready = [entry for entry in self._pending if before is None or entry[0] < before]
         self._pending = self._pending[len(ready) :]
         rows: list[Row] = []
-        fetched = jax.device_get([metrics for _, _, metrics in ready])
-        for (first, n, _), metrics in zip(ready, fetched, strict=True):
-            for i in range(n):
-                sums = metrics if n == 1 else jax.tree.map(lambda x, i=i: x[i], metrics)
-                rows += self._add(first + i, sums)
+        fetched = jax.device_get([vectors for _, vectors in ready])
+        for (first, _), vectors in zip(ready, fetched, strict=True):
+            for i, vector in enumerate(np.atleast_2d(vectors)):
+                rows += self._add(first + i, vector)
         return rows
 
-    def _add(self, step: int, sums: dict[str, Any]) -> list[Row]:
-        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-        bad = [name for name, value in sums.items() if not all(np.isfinite(x).all() for x in jax.tree.leaves(value))]
-        if bad:
+    def _add(self, step: int, vector: np.ndarray) -> list[Row]:
+        if not np.isfinite(vector).all():
             self._pending = []
-            raise NonFiniteStep(step, bad)
-        self._sums = metrics_lib.add(self._sums, sums)
-        if (step + 1) % self.every:
-            return []
-        row, self._sums = (step + 1, self._sums), {}
-        return [row]
+            values = self._packing.unpack(vector).items()
+            raise NonFiniteStep(step, [name for name, value in values if not _is_finite(value)])
+        kept = np.zeros(1) if self._sums is None or self._sums.shape != vector.shape else self._sums
+        self._sums = np.where(self._packing.is_summed, kept, 0.0) + vector.astype(np.float64)
+        return self.close_row(step + 1) if (step + 1) % self.every == 0 else []
 
     def close_row(self, step: int) -> list[Row]:
-        """The row of an interval that ends early, at the end of a run."""
-        row, self._sums = self._sums, {}
-        return [(step, row)] if row else []
+        """The row of the interval that ends here, if there is anything in it."""
+        sums, self._sums = self._sums, None
+        return [] if sums is None else [(step, self._packing.unpack(sums))]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> list[float] | None:
         """The sums of the unfinished row, for the checkpoint; drain everything first."""
-        return {
-            name: [
-                type(value).__name__ if isinstance(value, METRICS) else "",
-                [x.tolist() for x in jax.tree.leaves(value)],
-            ]
-            for name, value in self._sums.items()
-        }
+        return None if self._sums is None else self._sums.tolist()
 
-    def from_json(self, saved: Mapping[str, Any]) -> None:
+    def from_json(self, saved: list[float] | None) -> None:
         """Continues the unfinished row of a checkpoint."""
-        self._sums = {
-            name: _BY_NAME[kind](*map(np.asarray, leaves)) if kind else np.asarray(leaves[0])
-            for name, (kind, leaves) in saved.items()
-        }
+        self._sums = None if saved is None else np.asarray(saved, np.float64)
+
+
+def _is_finite(value: Any) -> bool:
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(value))

@@ -296,3 +296,15 @@ def test_run_refuses_what_it_does_not_know(arguments, capsys):
     with pytest.raises(SystemExit):
         run.main(arguments)
     assert "error" in capsys.readouterr().err
+
+
+def test_without_pytorch_the_table_says_so_and_holds_the_rest():
+    ours = (mlp.STEPS, mlp.GUARDED, mlp.REPEAT, mlp.RESIDENT, mlp.HOST_STEPS, mlp.HOST_REPEAT)
+    results = {name: Result(name, (0.001,), {"first_losses": [2.0]}) for name in ours}
+    results |= {name: Result(name, failure="no torch") for name in (mlp.EAGER, mlp.COMPILED)}
+    text = mlp._table({**results, mlp.PEAK: Result(mlp.PEAK, (1e-12,))}).to_markdown()
+    assert text.count("**not run** (no torch)") == 2
+    # 2 * 128 * (3 * 668672 - 401408) operations in 1 ms
+    assert f"| {mlp.STEPS} | 1.00 ms (1.00 .. 1.00) | - | 411 | 41 % |" in text
+    assert "Peak: 1000 GFLOP/s" in text
+    assert "not judged" in text

@@ -25,7 +25,7 @@ from jaxdl.nonfinite import NonFiniteError
 from jaxdl.objectives import classification
 from jaxdl.report import JsonlWriter
 from jaxdl.signals import StopFlag
-from jaxdl.steplog import NonFiniteStep, StepLog
+from jaxdl.steplog import NonFiniteStep, Packing, StepLog
 
 MODEL = MLP(widths=(16,), n_outputs=3, dropout_rate=0.2)
 TRAIN_LOSS = make_loss_fn(MODEL, classification(), inputs="image", train=True)
@@ -310,32 +310,55 @@ def test_a_profile_is_written(tmp_path):
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
+def vector(packing, loss, rate):
+    return packing.pack({"loss": metrics.Mean(jnp.float32(loss), jnp.float32(1)), "rate": jnp.float32(rate)})
+
+
+def finished(rows):
+    return [(step, metrics.scalars(metrics.finish(sums))) for step, sums in rows]
+
+
 def test_the_log_fetches_only_what_is_older_than_asked():
-    log = StepLog(every=2)
+    packing = Packing()
+    log = StepLog(every=2, packing=packing)
     for step in range(4):
-        log.push(step, {"loss": metrics.Mean(np.float32(step), np.float32(1)), "rate": np.float32(step)})
-    assert [(step, metrics.finish(sums)) for step, sums in log.drain(before=2)] == [(2, {"loss": 0.5, "rate": 1.0})]
+        log.push(step, vector(packing, step, step))
+    assert finished(log.drain(before=2)) == [(2, {"loss": 0.5, "rate": 1.0})]
     assert log.drain(before=2) == []
-    log.push(4, {"loss": metrics.Mean(np.float32(4), np.float32(1)), "rate": np.float32(4)})
+    log.push(4, vector(packing, 4, 4))
     assert [step for step, _ in log.drain()] == [4]
-    saved, other = json.loads(json.dumps(log.to_json())), StepLog(every=2)
+    saved, other = json.loads(json.dumps(log.to_json())), StepLog(every=2, packing=packing)
     other.from_json(saved)
     for each in (log, other):
-        each.push(5, {"loss": metrics.Mean(np.float32(6), np.float32(1)), "rate": np.float32(5)})
-    assert (
-        [metrics.finish(s) for _, s in log.drain()]
-        == [metrics.finish(s) for _, s in other.drain()]
-        == [{"loss": 5.0, "rate": 5.0}]
-    )
+        each.push(5, vector(packing, 6, 5))
+    assert finished(log.drain()) == finished(other.drain()) == [(6, {"loss": 5.0, "rate": 5.0})]
+
+
+def test_the_log_takes_many_steps_at_once():
+    packing = Packing()
+    log = StepLog(every=3, packing=packing)
+    log.push(0, jnp.stack([vector(packing, i, i) for i in range(7)]))
+    assert finished(log.drain()) == [(3, {"loss": 1.0, "rate": 2.0}), (6, {"loss": 4.0, "rate": 5.0})]
+    assert finished(log.close_row(7)) == [(7, {"loss": 6.0, "rate": 6.0})]
+    assert log.close_row(7) == []
 
 
 def test_the_log_stops_at_the_first_non_finite_step():
-    log = StepLog(every=10)
+    packing = Packing()
+    log = StepLog(every=10, packing=packing)
     for step, value in enumerate([1.0, np.inf, np.nan]):
-        log.push(step, {"loss": metrics.Mean(np.float32(value), np.float32(1))})
-    with pytest.raises(NonFiniteStep, match="step 1"):
+        log.push(step, vector(packing, value, 0.5))
+    with pytest.raises(NonFiniteStep, match=r"step 1: \['loss'\]"):
         log.drain()
-    assert log.to_json() == {"loss": ["Mean", [1.0, 1.0]]}
+    assert log.to_json() == [1.0, 1.0, 0.5]
+
+
+def test_packing_keeps_composite_metrics():
+    packing = Packing()
+    given = {"z": jnp.float32(3), "confusion": metrics.confusion(jnp.eye(3), jnp.array([0, 1, 1])), "a": jnp.float32(1)}
+    back = packing.unpack(np.asarray(packing.pack(given)))
+    chex.assert_trees_all_equal(back, jax.device_get(given))
+    assert packing.is_summed.tolist() == [False] + [True] * 9 + [False]
 
 
 def test_the_flag_gives_signals_back():

@@ -148,7 +148,7 @@ class _NotFromOrbax(logging.Filter):
 
 @functools.cache
 def _hear_no_closed_loop() -> None:
-    """Orbax closes its event loop at the first write that fails; each write after it would print a traceback of that."""
+    """Orbax closes its event loop when a write fails; each write that ends after it would print a traceback."""
     heard = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
