@@ -1,5 +1,6 @@
 """The folder of a run: its configuration, environment, metric log, checkpoints and report."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ class Run:
 
     Args:
       directory: made where it does not exist.
-      config: a frozen dataclass; an existing folder must hold the same one but for the fields in `allow`.
+      config: a frozen dataclass; a folder with checkpoints must hold the same one but for the fields in `allow`
+        and `out`, for a folder may be moved.
       total_steps: the planned updates, for the progress line.
       batch_size: rows of a step, for the rate of examples.
       allow: dotted config fields that may differ from the saved run's.
@@ -58,9 +60,6 @@ class Run:
         self.directory = _writable(Path(directory))
         self._config_path = self.directory / "config.json"
         self._config_before = self._config_path.read_bytes() if self._config_path.exists() else None
-        notes = _settle_config(self._config_path, config, allow)
-        self.environment = environment()
-        replace_text(self.directory / "environment.json", json.dumps(self.environment, indent=2) + "\n")
         self.store = Store(
             self.directory / "checkpoints",
             keep_last=keep_last,
@@ -68,12 +67,16 @@ class Run:
             best_metric=best_metric,
             best_mode=best_mode,
         )
+        self._steps_before = self.store.steps()
+        notes = _settle_config(self._config_path, config, allow) if self._steps_before else []
+        replace_text(self._config_path, to_json(config))
+        self.environment = environment()
+        replace_text(self.directory / "environment.json", json.dumps(self.environment, indent=2) + "\n")
         self.writers: list[Writer] = [
             JsonlWriter(self.directory / "metrics.jsonl"),
             CsvWriter(self.directory / "metrics.csv"),
             TensorBoardWriter(self.directory / "tensorboard"),
         ]
-        self._steps_before = self.store.steps()
         start = max(self._steps_before, default=0)
         self.progress = Progress(total_steps, start, examples_per_step=batch_size) if is_verbose else None
         if start >= total_steps:
@@ -116,18 +119,16 @@ def _writable(directory: Path) -> Path:
 
 
 def _settle_config(path: Path, config: Any, allow: Sequence[str]) -> list[str]:
-    notes = []
-    if path.exists():
-        try:
-            saved = from_json(type(config), path.read_text())
-        except (UnicodeDecodeError, ConfigError) as error:
-            raise JaxdlError(
-                f"{path} is damaged or of another experiment. Restore it from a backup, or start in another folder.\n"
-                f"{error}"
-            ) from None
-        notes = check_resume(saved, config, allow=allow)
-    replace_text(path, to_json(config))
-    return notes
+    """Compares with the configuration that the checkpoints were made with; the folder itself may have been moved."""
+    try:
+        saved = from_json(type(config), path.read_text())
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise JaxdlError(
+            f"{path} is missing, damaged or of another experiment. Restore it, or start in another folder.\n{error}"
+        ) from None
+    if hasattr(config, "out"):
+        saved = dataclasses.replace(saved, out=config.out)
+    return check_resume(saved, config, allow=allow)
 
 
 def replace_text(path: Path, text: str) -> None:

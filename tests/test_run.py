@@ -18,10 +18,17 @@ from jaxdl.run import Run, data_mesh, parameter_rows, replace_text
 class Config:
     rate: float = 0.1
     seed: int = 0
+    out: str = "runs"
 
 
 def open_run(folder, config=None, **options):
     return Run(folder, config or Config(), total_steps=10, batch_size=4, is_verbose=False, **options)
+
+
+def begun(folder, config=None):
+    """A run folder with a checkpoint in it."""
+    with open_run(folder, config) as run:
+        run.store.save(1, {"w": jnp.ones(1)})
 
 
 def test_a_run_folder_holds_config_and_environment(tmp_path):
@@ -32,8 +39,7 @@ def test_a_run_folder_holds_config_and_environment(tmp_path):
 
 
 def test_a_changed_config_must_be_allowed_by_name(tmp_path):
-    with open_run(tmp_path):
-        pass
+    begun(tmp_path)
     with pytest.raises(ConfigError, match=r"rate: 0\.1 -> 0\.2"):
         open_run(tmp_path, Config(rate=0.2))
     assert (tmp_path / "config.json").read_text() == to_json(Config())
@@ -42,9 +48,22 @@ def test_a_changed_config_must_be_allowed_by_name(tmp_path):
     assert (tmp_path / "config.json").read_text() == to_json(Config(rate=0.2))
 
 
+def test_without_a_checkpoint_there_is_nothing_to_protect(tmp_path):
+    for rate in (0.1, 0.2):
+        with open_run(tmp_path, Config(rate=rate)):
+            pass
+    assert (tmp_path / "config.json").read_text() == to_json(Config(rate=0.2))
+
+
+def test_a_moved_folder_goes_on(tmp_path):
+    begun(tmp_path / "a", Config(out="a"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    with open_run(tmp_path / "b", Config(out="b")) as run:
+        assert run.store.steps() == [1]
+
+
 def test_a_damaged_config_is_named(tmp_path):
-    with open_run(tmp_path):
-        pass
+    begun(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe")
     with pytest.raises(JaxdlError, match=r"config\.json"):
         open_run(tmp_path)
