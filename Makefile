@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint bench newest clean
+.PHONY: train test lint prove bench newest clean
 
 train: $(VENV)/.installed
 	$(RUN) -m experiments.classify_images --config configs/digits_cnn.py
@@ -16,6 +16,12 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Twenty kills at random moments and a hundred flipped bytes; docs/proofs.md keeps what it printed.
+prove: $(VENV)/.installed-test
+	$(RUN) -m tests.faults.prove_flips
+	$(RUN) -m tests.faults.prove_kill
+
+# About ten minutes; docs/performance.md keeps what it printed.
 bench: $(VENV)/.installed-test
 	$(RUN) -m benchmarks.run
 

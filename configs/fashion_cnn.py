@@ -12,8 +12,8 @@ from jaxdl.config import Duration
 
 def get_config() -> Config:
     return Config(
-        data=Images(name="fashion_mnist", batch_size=128, flip=True, crop_padding=2),
-        model=CNN(features=(32, 64, 128), norm="batch", dropout_rate=0.2),
+        data=Images(name="fashion_mnist", batch_size=128, flip=True, crop_padding=1),
+        model=CNN(features=(24, 48, 96), norm="batch", dropout_rate=0.1),
         optimizer=Optimizer(learning_rate=3e-3, warmup=Duration("0.5 epochs"), weight_decay=0.05),
         loop=Loop(length=Duration("10 epochs"), eval_every=Duration("2 epochs"), checkpoint_every=Duration("2 epochs")),
         label_smoothing=0.05,

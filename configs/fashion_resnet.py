@@ -12,10 +12,10 @@ from jaxdl.config import Duration
 
 def get_config() -> Config:
     return Config(
-        data=Images(name="fashion_mnist", batch_size=128, flip=True, crop_padding=2, cutout_size=8),
+        data=Images(name="fashion_mnist", batch_size=128, flip=True, crop_padding=2),
         model=ResNet(stage_sizes=(2, 2, 2), block="preact_basic", width=32, stem="pooled", norm="batch"),
         optimizer=Optimizer(learning_rate=3e-3, warmup=Duration("1 epoch"), weight_decay=0.05, ema_decay=0.998),
-        loop=Loop(length=Duration("20 epochs"), eval_every=Duration("2 epochs"), checkpoint_every=Duration("2 epochs")),
+        loop=Loop(length=Duration("14 epochs"), eval_every=Duration("2 epochs"), checkpoint_every=Duration("2 epochs")),
         label_smoothing=0.05,
         out="runs/fashion_resnet",
     )

@@ -78,5 +78,6 @@ class Patience:
     def to_json(self) -> dict[str, Any]:
         return {"best": self._best, "n_without_gain": self._n_without_gain}
 
-    def from_json(self, saved: Mapping[str, Any]) -> None:
-        self._best, self._n_without_gain = saved["best"], saved["n_without_gain"]
+    def from_json(self, saved: Mapping[str, Any] | None) -> None:
+        if saved is not None:
+            self._best, self._n_without_gain = saved["best"], saved["n_without_gain"]

@@ -77,6 +77,10 @@ class Feed:
         put = (lambda batch: jax.device_put(batch, self._one)) if self.steps_per_call == 1 else (lambda batch: batch)
         self._batches = prefetch(self.data, first, stop, put=put)
 
+    def program(self, n: int) -> Compiled:
+        """What a call of n steps runs."""
+        return self.compiled if n == 1 else self._repeated
+
     def chunk(self, limit: int) -> int:
         """How many steps the next call makes when `limit` are left to the next boundary."""
         return self.steps_per_call if limit >= self.steps_per_call else 1

@@ -10,6 +10,7 @@ import jax
 
 from jaxdl import metrics as metrics_lib
 from jaxdl import nonfinite
+from jaxdl.compilation import Compiled
 from jaxdl.early_stopping import EarlyStopping, Patience
 from jaxdl.errors import JaxdlError
 from jaxdl.evaluation import Evaluator
@@ -178,6 +179,8 @@ class _Loop:
     profile: Profile | None
     timing: Timing = field(default_factory=Timing)
     evaluations: dict[str, Any] = field(default_factory=dict)
+    is_tracing: bool = False
+    is_traced: bool = False
     saved_step: int = -1
     evaluated_step: int = -1
 
@@ -193,7 +196,7 @@ class _Loop:
                 self._trace(step - first)
                 self.state, vectors = self.feed.call(self.state, step, n)
                 if step == first:
-                    self._first_step(start)
+                    self._first_step(self.feed.program(n), start)
                 self.log.push(step, vectors)
                 step += n
                 stopped_by = self._after(step, stop) or stop.name
@@ -218,10 +221,10 @@ class _Loop:
         restored = self.store.restore(self.state, on_note=self._note)
         self.state, step = restored.state, restored.step
         saved = restored.metadata
-        self.log.from_json(saved["log"])
-        self.patience.from_json(saved["patience"])
+        self.log.from_json(saved.get("log"))
+        self.patience.from_json(saved.get("patience"))
         self.saved_step = step
-        self.evaluated_step = step if saved["is_evaluated"] else -1
+        self.evaluated_step = step if saved.get("is_evaluated") else -1
         for writer in self.writers:
             writer.resume(step)
         self._note(f"resumed from the checkpoint of step {step}")
@@ -237,8 +240,7 @@ class _Loop:
         every = (self.log.every, self.eval_every, self.checkpoint_every)
         return min([self.steps, *((step // n + 1) * n for n in every)])
 
-    def _first_step(self, start: float) -> None:
-        compiled = self.feed.compiled
+    def _first_step(self, compiled: Compiled, start: float) -> None:
         jax.block_until_ready(self.state.step)
         self.timing.first_step_s = time.perf_counter() - start
         self.timing.compile_s, self.timing.is_cached = compiled.compile_s or 0.0, compiled.is_cached
@@ -329,14 +331,21 @@ class _Loop:
             self.progress.update(step, _headline(scalars))
 
     def _trace(self, n_done: int) -> None:
-        if self.profile is None:
+        """Starts and stops the trace at the first call at or after its steps."""
+        if self.profile is None or self.is_traced:
             return
-        if n_done == self.profile.start:
+        if not self.is_tracing and n_done >= self.profile.start:
             jax.profiler.start_trace(str(self.profile.directory))
-        elif n_done == self.profile.start + self.profile.n_steps:
+            self.is_tracing = True
+        elif self.is_tracing and n_done >= self.profile.start + self.profile.n_steps:
+            self._stop_trace()
+
+    def _stop_trace(self) -> None:
+        if self.profile is not None and self.is_tracing:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
-            self._note(f"profiler trace of {self.profile.n_steps} steps written to {self.profile.directory}")
+            self.is_tracing, self.is_traced = False, True
+            self._note(f"profiler trace written to {self.profile.directory}")
 
     def _timed(self, name: str, call: Callable[[], Any]) -> None:
         start = time.perf_counter()
@@ -354,6 +363,7 @@ class _Loop:
             self.progress.note(text)
 
     def _close(self) -> None:
+        self._stop_trace()
         self.feed.close()
         for writer in self.writers:
             writer.flush()

@@ -38,7 +38,7 @@ class TrainState(flax.struct.PyTreeNode):
 def create_state(
     params: Tree, extra: Tree, tx: optax.GradientTransformation, *, rng: jax.Array, trainable: Rules = ALL
 ) -> TrainState:
-    """Makes the state before the first update.
+    """Makes the state before the first update, with copies of the arrays: a step that donates its state spares yours.
 
     Args:
       params: tree of float arrays, as `model.init(...)["params"]`.
@@ -59,6 +59,7 @@ def create_state(
     if not jnp.issubdtype(jnp.asarray(rng).dtype, jax.dtypes.prng_key) or rng.shape != ():
         raise JaxdlError(f"rng is {getattr(rng, 'dtype', type(rng))}; it must be one typed key: jax.random.key(seed).")
     moving, _ = split_trainable(params, trainable)
+    params, extra, rng = jax.tree.map(jnp.copy, (params, extra, rng))
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, extra=extra, opt_state=tx.init(moving), rng=rng)
 
 

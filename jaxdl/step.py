@@ -70,6 +70,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         moving, frozen = split_trainable(state.params, trainable)
         scale = loss_scale_of(state.opt_state)
+        if scale is not None:  # a loss is a sum over rows: without this a larger batch would overflow earlier
+            scale = scale * microbatches / jax.tree.leaves(batch)[0].shape[0]
         rng = jax.random.fold_in(state.rng, state.step)
         if axis_name is not None:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))

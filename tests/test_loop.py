@@ -318,6 +318,24 @@ def finished(rows):
     return [(step, metrics.scalars(metrics.finish(sums))) for step, sums in rows]
 
 
+def test_a_profile_covers_calls_of_many_steps_and_short_runs(tmp_path):
+    run(profile=Profile(tmp_path / "many", start=2, n_steps=2), steps_per_call=4)
+    run(profile=Profile(tmp_path / "short", start=18, n_steps=50))
+    for name in ("many", "short"):
+        assert list((tmp_path / name).rglob("*.xplane.pb")), name
+
+
+def test_the_compile_time_is_that_of_the_program_that_ran():
+    assert run(steps_per_call=4, is_resident=True).timing.compile_s > 0
+
+
+def test_a_checkpoint_saved_by_hand_can_be_continued(tmp_path):
+    state, _, _ = pieces()
+    with Store(tmp_path / "checkpoints") as store:
+        store.save(0, state)
+    assert int(run(tmp_path).state.step) == 20
+
+
 def test_the_log_fetches_only_what_is_older_than_asked():
     packing = Packing()
     log = StepLog(every=2, packing=packing)

@@ -283,3 +283,25 @@ def test_a_batch_that_does_not_divide_is_refused():
         jax.jit(make_train_step(loss_fn, tx, microbatches=5))(state, batch_of())
     with pytest.raises(JaxdlError, match="needs leaves with a first axis of 5"):
         jax.jit(repeat(make_train_step(loss_fn, tx), 5))(state, batch_of())
+
+
+def test_donating_the_state_spares_the_callers_arrays():
+    loss_fn, tx, _ = setup()
+    params, _ = init_model(Net(), jax.random.key(0), jnp.ones((1, 5)))
+    rng = jax.random.key(1)
+    state = create_state(params, {}, tx, rng=rng)
+    jax.jit(make_train_step(loss_fn, tx), donate_argnums=0)(state, batch_of())
+    chex.assert_tree_all_finite(params)
+    assert jax.random.bits(rng) == jax.random.bits(jax.random.key(1))
+
+
+def test_the_loss_scale_does_not_depend_on_the_batch_size():
+    loss_fn, _, _ = setup()
+    tx = jaxdl.optim.dynamic_loss_scale(optax.sgd(0.1))
+    _, _, state = setup(tx)
+    half = losses.with_compute_dtype(loss_fn, jnp.float16)
+    want, _ = jax.jit(make_train_step(loss_fn, optax.sgd(0.1)))(setup(optax.sgd(0.1))[2], batch_of(600))
+    for microbatches in (1, 3):
+        after, out = jax.jit(make_train_step(half, tx, microbatches=microbatches))(state, batch_of(600))
+        assert float(out["loss_scale"]) == 2.0**15
+        chex.assert_trees_all_close(after.params, want.params, atol=2e-3)
