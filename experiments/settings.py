@@ -107,6 +107,8 @@ class Optimizer:
     weight_decay_rules: PathRules | None = None  # (regex, factor) pairs; kernels and embeddings where None
     l2: float = 0.0  # strength of coupled L2, l2/2 sum w^2
     l1: float = 0.0  # strength of L1, l1 sum |w|; with l2 this is the elastic net
+    l2_rules: PathRules | None = None  # as weight_decay_rules
+    l1_rules: PathRules | None = None  # as weight_decay_rules
     l1_method: str = "proximal"  # proximal gives exact zeros; or subgradient
     clip_norm: float | None = None  # largest global norm of the gradient
     clip_value: float | None = None  # largest magnitude of a gradient entry
@@ -134,7 +136,9 @@ class Optimizer:
             weight_decay=self.weight_decay,
             weight_decay_rules=self.weight_decay_rules,
             l2=self.l2,
+            l2_rules=self.l2_rules,
             l1=self.l1,
+            l1_rules=self.l1_rules,
             l1_method=self.l1_method,
             clip_norm=self.clip_norm,
             clip_value=self.clip_value,
