@@ -124,7 +124,8 @@ def _settle_config(path: Path, config: Any, allow: Sequence[str]) -> list[str]:
         saved = from_json(type(config), path.read_text())
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise JaxdlError(
-            f"{path} is missing, damaged or of another experiment. Restore it, or start in another folder.\n{error}"
+            f"{path} is missing, damaged or of another experiment. Restore it from a backup, or start in another "
+            f"folder.\n{error}"
         ) from None
     if hasattr(config, "out"):
         saved = dataclasses.replace(saved, out=config.out)

@@ -63,12 +63,7 @@ def flags_of(config, data, out):
 def test_the_shipped_config_runs(config, small_data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAXDL_FASHION_MNIST_DIR", str(small_data))
     module = module_of(config)
-    assert (
-        run_command(
-            module.Config, module.experiment, [*flags_of(config, small_data, tmp_path), "--config.hardware.devices=1"]
-        )
-        == 0
-    )
+    assert run(module, flags_of(config, small_data, tmp_path)) == 0
     out = capsys.readouterr().out
     assert f"report        {tmp_path}/report.html" in out
     assert (tmp_path / "checkpoints" / "2" / "manifest.json").exists()
@@ -99,23 +94,13 @@ def test_the_docstring_says_how_to_run_it(config):
     ],
 )
 def test_options_work_together(flags, tmp_path, capsys):
-    if any("options=" in flag for flag in flags):
-        flags = tuple(flag for flag in flags if "options=" not in flag)
-    config = CONFIGS[[path.stem for path in CONFIGS].index("digits_mlp")]
-    base = flags_of(config, None, tmp_path)
-    assert (
-        run_command(classify_images.Config, classify_images.experiment, [*base, *flags, "--config.hardware.devices=1"])
-        == 0
-    )
+    sections = [f"--config.{flag}" for flag in flags.split()]
+    assert run(classify_images, [*flags_of(DIGITS_MLP, None, tmp_path), *sections]) == 0
 
 
 def test_frozen_parameters_are_in_the_table_and_the_checkpoint_as_they_were(tmp_path, capsys):
-    flags = flags_of(CONFIGS[[path.stem for path in CONFIGS].index("digits_mlp")], None, tmp_path)
     rule = "--config.trainable=(('head/.*', True), ('.*', False))"
-    assert (
-        run_command(classify_images.Config, classify_images.experiment, [*flags, rule, "--config.hardware.devices=1"])
-        == 0
-    )
+    assert run(classify_images, [*flags_of(DIGITS_MLP, None, tmp_path), rule]) == 0
     table = capsys.readouterr().out
     assert re.search(r"dense_0/kernel +\(64, 256\) +float32 +16,384 +no", table)
     assert re.search(r"head/kernel +\(128, 10\) +float32 +1,280 +yes", table)

@@ -149,7 +149,10 @@ def test_a_nan_run_goes_on_from_the_kept_state_when_the_guard_may_skip(command, 
     done = command(*flags)
     assert "Traceback" not in done.err
     assert "resumed from the checkpoint of step 1" in done.err
-    assert evidence.state(empty, 1) == before
+    after = evidence.state(empty)
+    assert after.step == 20
+    assert after.parts["params"] == before.parts["params"]
+    assert after.parts["opt_state"] == before.parts["opt_state"]
 
 
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
