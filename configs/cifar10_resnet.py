@@ -3,6 +3,7 @@
 Needs the folder of the binary version (`data_batch_1.bin` ... `test_batch.bin`) in --config.data.directory, or a set
 prepared by TensorFlow Datasets with --config.data.name=tfds --config.data.tfds_name=cifar10.
 Command: python -m experiments.classify_images --config configs/cifar10_resnet.py --config.data.directory FOLDER
+Not measured: no machine that this was written on had the data; the tests run it on random pictures.
 """
 
 from experiments.classify_images import Config

@@ -2,6 +2,8 @@
 
 Needs the four files of Fashion-MNIST, for example Debian's package dataset-fashion-mnist.
 Command: python -m experiments.classify_images --config configs/fashion_resnet.py
+Measured on two cores of an AMD EPYC, JAX 0.10.2, beside other work, with --config.loop.length=14epochs: test accuracy
+93.40 % after 36 min 30 s, 695,658 parameters. The 20 epochs that stand below have not been measured.
 """
 
 from experiments.classify_images import Config
@@ -15,7 +17,7 @@ def get_config() -> Config:
         data=Images(name="fashion_mnist", batch_size=128, flip=True, crop_padding=2),
         model=ResNet(stage_sizes=(2, 2, 2), block="preact_basic", width=32, stem="pooled", norm="batch"),
         optimizer=Optimizer(learning_rate=3e-3, warmup=Duration("1 epoch"), weight_decay=0.05, ema_decay=0.998),
-        loop=Loop(length=Duration("14 epochs"), eval_every=Duration("2 epochs"), checkpoint_every=Duration("2 epochs")),
+        loop=Loop(length=Duration("20 epochs"), eval_every=Duration("2 epochs"), checkpoint_every=Duration("2 epochs")),
         label_smoothing=0.05,
         out="runs/fashion_resnet",
     )

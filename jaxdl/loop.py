@@ -100,7 +100,7 @@ def fit(
       log_every: updates in a row of the metric log.
       progress: a `report.progress.Progress`.
       early_stopping: when to stop before the end.
-      steps_per_call: updates in one call of the device, see `step.repeat`.
+      steps_per_call: updates in one call of the device, see `step.repeat`; at most `eval_every` and `checkpoint_every`.
       is_resident: keep the dataset on the device and gather rows there; None does so when it is small and no
         transform runs on the host.
       mesh: devices over whose axis `data` batches are sharded; None uses one device.
@@ -150,6 +150,9 @@ def _check_fit(
         "steps_per_call": steps_per_call,
     }
     problems = [f"{name}={n} must be at least 1." for name, n in counts.items() if n is not None and n < 1]
+    for name, n in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
+        if n is not None and 1 <= n < steps_per_call:
+            problems.append(f"steps_per_call={steps_per_call} is more than {name}={n}; use at most {n}.")
     n_shards = 1 if mesh is None else mesh.shape.get("data", 0)
     if n_shards == 0:
         problems.append(f"the mesh has the axes {mesh.axis_names}; it needs one called 'data'.")
@@ -199,7 +202,7 @@ class _Loop:
                     self._first_step(self.feed.program(n), start)
                 self.log.push(step, vectors)
                 step += n
-                stopped_by = self._after(step, stop) or stop.name
+                stopped_by = self._after(step, n, stop) or stop.name
             stopped_by = self._finish(step, stopped_by, stop)
         except NonFiniteStep as bad:
             self._fail(bad)
@@ -237,8 +240,7 @@ class _Loop:
         return self._evaluate(step, stop) if is_resumed and (is_owed or self.patience.is_spent) else None
 
     def _boundary(self, step: int) -> int:
-        every = (self.log.every, self.eval_every, self.checkpoint_every)
-        return min([self.steps, *((step // n + 1) * n for n in every)])
+        return min([self.steps, *((step // n + 1) * n for n in (self.eval_every, self.checkpoint_every))])
 
     def _first_step(self, compiled: Compiled, start: float) -> None:
         jax.block_until_ready(self.state.step)
@@ -247,10 +249,10 @@ class _Loop:
         source = "read from the compile cache" if compiled.is_cached else "compiled"
         self._note(f"{self.feed.description}; step {source} in {self.timing.compile_s:.1f} s")
 
-    def _after(self, step: int, stop: StopFlag) -> str | None:
+    def _after(self, step: int, n: int, stop: StopFlag) -> str | None:
         if self.progress is not None:
             self.progress.update(step)
-        if step % self.log.every == 0:
+        if step // self.log.every > (step - n) // self.log.every:
             self._write(self.log.drain(before=step - self.log.every))
         stopped_by = None
         if step % self.eval_every == 0 and step < self.steps:

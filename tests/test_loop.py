@@ -23,7 +23,7 @@ from jaxdl.models import MLP
 from jaxdl.models.apply import init_model, make_loss_fn
 from jaxdl.nonfinite import NonFiniteError
 from jaxdl.objectives import classification
-from jaxdl.report import JsonlWriter
+from jaxdl.report import JsonlWriter, read_history
 from jaxdl.signals import StopFlag
 from jaxdl.steplog import NonFiniteStep, Packing, StepLog
 
@@ -303,6 +303,19 @@ def test_all_bad_arguments_at_once():
     assert "batch_size=8 does not divide over 3 devices on axis 'data'" in str(caught.value)
     with pytest.raises(JaxdlError, match=r"patience=0.*\n.*min_delta=-1"):
         EarlyStopping("eval/loss", patience=0, min_delta=-1.0)
+
+
+def test_the_log_does_not_depend_on_the_steps_of_a_call(tmp_path):
+    for n in (1, 6):
+        run(tmp_path / str(n), steps_per_call=n, is_resident=True, eval_every=6, checkpoint_every=12, steps=30)
+    rows = [read_history(tmp_path / str(n) / "metrics.jsonl") for n in (1, 6)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    assert [row["step"] for row in rows[0] if "train/loss" in row] == [4, 8, 12, 16, 20, 24, 28, 30]
+    np.testing.assert_allclose(
+        *([row["train/loss"] for row in each if "train/loss" in row] for each in rows), rtol=1e-5
+    )
+    with pytest.raises(JaxdlError, match="steps_per_call=7 is more than eval_every=6; use at most 6"):
+        run(steps_per_call=7, eval_every=6)
 
 
 def test_a_profile_is_written(tmp_path):

@@ -2,7 +2,7 @@
 
     python -m tests.faults.prove_kill [--kills 20] [--seed 0]
 
-The run is `short_cnn.py`: a CNN with dropout and augmentation, 2.7 epochs, a checkpoint every ten steps. It is trained
+The run is `short_cnn.py`: a CNN with dropout and augmentation, 10.7 epochs, a checkpoint every ten steps. It is trained
 once straight through. Then it is trained again while the process is killed, each time after a random part of the
 seconds that a process lives (so also in the middle of imports, of compiling, of saving and of the report), and started
 anew, until it is complete; and all that again in a new folder until the wished number of kills has happened. A run

@@ -1,4 +1,4 @@
-"""The CNN of `configs/digits_cnn.py` for 60 steps (2.7 epochs), with a checkpoint every 10: the run that is killed."""
+"""The CNN of `configs/digits_cnn.py` for 240 steps (10.7 epochs), a checkpoint every 10: the run that is killed."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ def get_config() -> Config:
     config = digits_cnn.get_config()
     loop = dataclasses.replace(
         config.loop,
-        length=Duration("60 steps"),
+        length=Duration("240 steps"),
         eval_every=Duration("25 steps"),
         checkpoint_every=Duration("10 steps"),
         log_every=5,
