@@ -51,6 +51,7 @@ DIGITS_MLP = Path(__file__).parents[1] / "configs" / "digits_mlp.py"
 
 def flags_of(config, data, out):
     flags = [f"--config={config}", f"--config.out={out}", "--config.loop.length=2", "--config.optimizer.warmup=1"]
+    flags += ["--config.loop.eval_every=100", "--config.loop.checkpoint_every=100"]
     flags += ["--config.loop.log_every=1", "--config.data.batch_size=16", "--config.data.eval_batch_size=32"]
     if "cifar10" in config.name:
         flags += [f"--config.data.directory={data}", "--config.model.width=8"]
@@ -124,6 +125,8 @@ def test_a_regression_of_a_users_own_table(tmp_path, capsys):
         "--config.data.batch_size=48",
         "--config.loop.length=300",
         "--config.loop.steps_per_call=50",
+        "--config.loop.eval_every=100",
+        "--config.loop.checkpoint_every=100",
         "--config.optimizer.learning_rate=0.01",
         f"--config.out={tmp_path / 'run'}",
     ]
