@@ -40,11 +40,11 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 # A short selection on the newest JAX that the given Python can have, in an environment of its own.
 newest:
 	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet --upgrade jax --editable . pytest pytest-xdist hypothesis scikit-learn
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade jax --editable . pytest hypothesis
 	$(VENV)-newest/bin/python -c 'import jax; print("newest JAX:", jax.__version__)'
-	$(VENV)-newest/bin/python -m pytest -q -n 2 -m "not slow" -k "$(NEWEST)" tests
+	$(VENV)-newest/bin/python -m pytest -q $(NEWEST)
 
-NEWEST := test_step or test_paths or test_losses or test_optim or test_loop or test_checkpoint or test_third_party
+NEWEST := tests/test_paths.py tests/test_losses.py tests/test_step.py tests/test_loop.py tests/test_third_party.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest .mypy_cache .pytest_cache .ruff_cache

