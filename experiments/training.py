@@ -1,14 +1,13 @@
 """What every supervised experiment does between its data and its report: build the pieces and call `fit`."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import settings
@@ -17,7 +16,7 @@ from jaxdl.config import Parsed, leaf_values
 from jaxdl.data import Pipeline, eval_batches
 from jaxdl.evaluation import make_evaluator
 from jaxdl.loop import FitResult, fit
-from jaxdl.models.apply import init_model, make_loss_fn
+from jaxdl.models.apply import init_model, make_loss_fn, select_inputs
 from jaxdl.objectives import Objective
 from jaxdl.optim import eval_params
 from jaxdl.report import RunReport, diagnose, parameter_table, read_history
@@ -53,7 +52,7 @@ class Task:
 
     Attributes:
       model: called as `model(inputs, train=...)`.
-      inputs: the key of the batch that the model takes.
+      inputs: the key or keys of the batch that the model takes, as for `make_loss_fn`.
       train: pipeline of training batches.
       evaluated: name -> source of rows, `test` and, where one was held out, `validation`.
       train_objective, eval_objective: what outputs are judged by.
@@ -62,7 +61,7 @@ class Task:
     """
 
     model: nn.Module
-    inputs: str
+    inputs: str | Sequence[str]
     train: Pipeline
     evaluated: Mapping[str, Any]
     train_objective: Objective
@@ -87,8 +86,8 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
     tx = config.hardware.scaled(config.optimizer.build(steps=length, warmup_steps=warmup))
     train_loss = make_loss_fn(task.model, task.train_objective, inputs=task.inputs, train=True)
     eval_loss = make_loss_fn(task.model, task.eval_objective, inputs=task.inputs, train=False)
-    example = jnp.zeros((1, *np.shape(task.train.source[0][task.inputs])))
-    params, extra = init_model(task.model, jax.random.key(config.seed), example)
+    first, others = select_inputs(jax.tree.map(lambda x: x[:1], task.train[0]), task.inputs)
+    params, extra = init_model(task.model, jax.random.key(config.seed), first, **others)
     rows = _show_parameters(config, params)
     step = make_train_step(train_loss, tx, trainable=config.trainable, microbatches=config.hardware.microbatches)
     with _open_run(parsed, task, length) as run:
@@ -182,7 +181,7 @@ def predict(task: Task, result: FitResult) -> np.ndarray:
     """The model's outputs for the test rows, in their order."""
     state = result.state
     variables = {"params": eval_params(state.opt_state, state.params), **state.extra}
-    apply = jax.jit(lambda variables, inputs: task.model.apply(variables, inputs))
+    apply = jax.jit(lambda variables, first, others: task.model.apply(variables, first, **others))
     batches = eval_batches(task.evaluated["test"], task.eval_batch_size)
-    outputs = [np.asarray(apply(variables, batch[task.inputs])) for batch in batches]
+    outputs = [np.asarray(apply(variables, *select_inputs(batch, task.inputs))) for batch in batches]
     return np.concatenate(outputs)[: len(task.evaluated["test"])]

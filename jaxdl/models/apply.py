@@ -1,6 +1,6 @@
 """The bridge from a Linen module to the functions that the train step knows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,13 +13,14 @@ from jaxdl.paths import Tree
 Array = jax.Array
 
 
-def init_model(model: nn.Module, rng: Array, inputs: Any) -> tuple[Tree, Tree]:
+def init_model(model: nn.Module, rng: Array, inputs: Any, **more_inputs: Any) -> tuple[Tree, Tree]:
     """Initialises a Linen module inside one `jit`.
 
     Args:
       model: a Linen module whose call takes `inputs`.
       rng: typed key.
       inputs: an example batch of inputs; only shapes and dtypes matter.
+      more_inputs: keyword arguments of the call, such as `mask`.
 
     Returns:
       `(params, extra)`, where `extra` holds every other collection, such as `{"batch_stats": ...}`.
@@ -30,17 +31,29 @@ def init_model(model: nn.Module, rng: Array, inputs: Any) -> tuple[Tree, Tree]:
       >>> params["kernel"].shape, extra
       ((3, 2), {})
     """
-    variables = dict(jax.jit(model.init)(rng, inputs))
+    variables = dict(jax.jit(model.init)(rng, inputs, **more_inputs))
     return variables.pop("params", {}), variables
 
 
-def make_loss_fn(model: nn.Module, objective: Objective, *, inputs: str, train: bool) -> LossFn:
+def select_inputs(batch: Mapping[str, Any], inputs: str | Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """What a model takes of a batch: the first input, and the others as keyword arguments where the batch has them.
+
+    Example:
+      >>> select_inputs({"tokens": 1, "mask": 2, "label": 3}, ("tokens", "mask", "positions"))
+      (1, {'mask': 2})
+    """
+    first, *others = [inputs] if isinstance(inputs, str) else inputs
+    return batch[first], {name: batch[name] for name in others if name in batch}
+
+
+def make_loss_fn(model: nn.Module, objective: Objective, *, inputs: str | Sequence[str], train: bool) -> LossFn:
     """Makes the `loss_fn` of a Linen module that is called as `model(inputs, train=...)`.
 
     Args:
       model: the module. With `train=True` it gets a `dropout` key and may change every collection in `extra`.
       objective: `(outputs, batch) -> LossOut`.
-      inputs: the key of the batch that the model takes, such as `"image"`.
+      inputs: the key of the batch that the model takes, such as `"image"`; or several, such as `("tokens", "mask")`:
+        the first is positional, the others are keyword arguments, each where the batch has it.
       train: passed on to the model.
 
     Example:
@@ -57,11 +70,12 @@ def make_loss_fn(model: nn.Module, objective: Objective, *, inputs: str, train: 
 
     def loss_fn(params: Tree, extra: Tree, batch: Mapping[str, Array], rng: Array) -> LossOut:
         variables = {"params": params, **extra}
+        first, others = select_inputs(batch, inputs)
         if not train:
-            outputs: Any = model.apply(variables, batch[inputs], train=False)
+            outputs: Any = model.apply(variables, first, **others, train=False)
             return objective(outputs, batch)
         mutable = list(extra)
-        outputs, changed = model.apply(variables, batch[inputs], train=True, rngs={"dropout": rng}, mutable=mutable)
+        outputs, changed = model.apply(variables, first, **others, train=True, rngs={"dropout": rng}, mutable=mutable)
         return objective(outputs, batch)._replace(extra=dict(changed) if mutable else None)
 
     return loss_fn
