@@ -110,13 +110,9 @@ class Store:
         arrays, records = to_host(state)
         if problems := not_finite(arrays):
             raise CheckpointError.listing(f"step {step} is not saved: its state is not finite", problems)
+        disk.nest(arrays)  # names that clash are told of now, not by the background
         self._make_room(step)
-        try:
-            self._writer = self._writer or disk.Writer()
-            self._writer.start(self.directory / str(step), {p: array for p, array in arrays.items() if array.size})
-        except Exception as error:
-            raise self._failure(step, error) from None
-        self._pending = self._pool.submit(self._finish, content, arrays, records)
+        self._pending = self._pool.submit(self._write, content, arrays, records)
 
     def _checked(self, step: int) -> int:
         if self._is_closed:
@@ -150,12 +146,13 @@ class Store:
         except OSError as error:
             raise self._failure(step, error) from None
 
-    def _finish(self, content: Manifest, arrays: dict[str, np.ndarray], records: dict[str, LeafRecord]) -> None:
+    def _write(self, content: Manifest, arrays: dict[str, np.ndarray], records: dict[str, LeafRecord]) -> None:
         folder = self.directory / str(content.step)
         try:
+            self._writer = self._writer or disk.Writer()
+            self._writer.start(folder, {p: array for p, array in arrays.items() if array.size})
             leaves = add_hashes(records, arrays)
-            if self._writer is not None:
-                self._writer.wait()
+            self._writer.wait()
             if jax.process_index() == 0:
                 manifests.write(folder, content._replace(leaves=leaves, files=manifests.hash_files(folder)))
         except Exception as error:

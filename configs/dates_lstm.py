@@ -1,0 +1,21 @@
+"""x"""
+
+from experiments.dates import Dates
+from experiments.sequence_to_sequence import Config, Network
+from experiments.settings import Loop, Optimizer
+from jaxdl.config import Duration
+
+
+def get_config() -> Config:
+    return Config(
+        data=Dates(),
+        model=Network(width=128, embed_width=32),
+        optimizer=Optimizer(learning_rate=3e-3, warmup=Duration(100), clip_norm=1.0),
+        loop=Loop(
+            length=Duration("4 epochs"),
+            eval_every=Duration("1 epoch"),
+            checkpoint_every=Duration("1 epoch"),
+            steps_per_call=10,
+        ),
+        out="runs/dates_lstm",
+    )
