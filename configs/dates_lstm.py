@@ -12,7 +12,7 @@ def get_config() -> Config:
         model=Network(width=128, embed_width=32),
         optimizer=Optimizer(learning_rate=3e-3, warmup=Duration(100), clip_norm=1.0),
         loop=Loop(
-            length=Duration("4 epochs"),
+            length=Duration("2 epochs"),
             eval_every=Duration("1 epoch"),
             checkpoint_every=Duration("1 epoch"),
             steps_per_call=10,

@@ -18,6 +18,7 @@ from experiments.training import Supervised, Task, predict, train
 from jaxdl.command import run_command
 from jaxdl.config import Parsed
 from jaxdl.loop import FitResult
+from jaxdl.models.apply import make_loss_fn
 from jaxdl.objectives import classification
 from jaxdl.report import Mistake, write_report
 from jaxdl.report.outcomes import worst_rows
@@ -44,13 +45,15 @@ def experiment(parsed: Parsed) -> None:
     """Loads the images, trains, and writes the report."""
     config = parsed.config
     pictures = images.load(config.data, config.seed)
+    model = config.model.build(len(pictures.class_names), config.hardware.dtype)
+    objective = classification(label_smoothing=config.label_smoothing, focal_gamma=config.focal_gamma)
     task = Task(
-        model=config.model.build(len(pictures.class_names), config.hardware.dtype),
+        model=model,
         inputs="image",
         train=pictures.train,
         evaluated=pictures.evaluated,
-        train_objective=classification(label_smoothing=config.label_smoothing, focal_gamma=config.focal_gamma),
-        eval_objective=classification(is_detailed=True),
+        train_loss_fn=make_loss_fn(model, objective, inputs="image", train=True),
+        eval_loss_fn=make_loss_fn(model, classification(is_detailed=True), inputs="image", train=False),
         best_metric="validation/accuracy",
         best_mode="max",
         eval_batch_size=config.data.eval_batch_size,

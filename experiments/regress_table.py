@@ -22,6 +22,7 @@ from experiments.training import Supervised, Task, predict, train
 from jaxdl import data
 from jaxdl.command import run_command
 from jaxdl.config import Parsed
+from jaxdl.models.apply import make_loss_fn
 from jaxdl.objectives import regression
 from jaxdl.report import write_report
 
@@ -67,13 +68,15 @@ def experiment(parsed: Parsed) -> None:
     """Loads the table, trains, and writes the report."""
     config = parsed.config
     pipeline, evaluated, target = load(config.data, config.seed)
+    model = config.model.build(1, config.hardware.dtype)
+    train_objective, eval_objective = (regression(loss=config.loss, is_detailed=detailed) for detailed in (False, True))
     task = Task(
-        model=config.model.build(1, config.hardware.dtype),
+        model=model,
         inputs="features",
         train=pipeline,
         evaluated=evaluated,
-        train_objective=regression(loss=config.loss),
-        eval_objective=regression(loss=config.loss, is_detailed=True),
+        train_loss_fn=make_loss_fn(model, train_objective, inputs="features", train=True),
+        eval_loss_fn=make_loss_fn(model, eval_objective, inputs="features", train=False),
         best_metric="validation/loss",
         best_mode="min",
         eval_batch_size=config.data.eval_batch_size,

@@ -16,8 +16,8 @@ from jaxdl.config import Parsed, leaf_values
 from jaxdl.data import Pipeline, eval_batches
 from jaxdl.evaluation import make_evaluator
 from jaxdl.loop import FitResult, fit
-from jaxdl.models.apply import init_model, make_loss_fn, select_inputs
-from jaxdl.objectives import Objective
+from jaxdl.losses import LossFn
+from jaxdl.models.apply import init_model, select_inputs
 from jaxdl.optim import eval_params
 from jaxdl.report import RunReport, diagnose, parameter_table, read_history
 from jaxdl.run import Run, data_mesh, parameter_rows
@@ -55,20 +55,22 @@ class Task:
       inputs: the key or keys of the batch that the model takes, as for `make_loss_fn`.
       train: pipeline of training batches.
       evaluated: name -> source of rows, `test` and, where one was held out, `validation`.
-      train_objective, eval_objective: what outputs are judged by.
+      train_loss_fn, eval_loss_fn: as for `make_train_step`; the second has dropout off and may tell more metrics.
       best_metric, best_mode: the validation metric that the best checkpoint is chosen by.
       eval_batch_size: rows of an evaluation batch.
+      params: the parameters to start from; drawn from the seed where None.
     """
 
     model: nn.Module
     inputs: str | Sequence[str]
     train: Pipeline
     evaluated: Mapping[str, Any]
-    train_objective: Objective
-    eval_objective: Objective
+    train_loss_fn: LossFn
+    eval_loss_fn: LossFn
     best_metric: str
     best_mode: str
     eval_batch_size: int
+    params: Any = None
 
 
 def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
@@ -84,21 +86,20 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
         )
     )
     tx = config.hardware.scaled(config.optimizer.build(steps=length, warmup_steps=warmup))
-    train_loss = make_loss_fn(task.model, task.train_objective, inputs=task.inputs, train=True)
-    eval_loss = make_loss_fn(task.model, task.eval_objective, inputs=task.inputs, train=False)
-    first, others = select_inputs(jax.tree.map(lambda x: x[:1], task.train[0]), task.inputs)
-    params, extra = init_model(task.model, jax.random.key(config.seed), first, **others)
+    params, extra = (task.params, {}) if task.params is not None else _init(task, config.seed)
     rows = _show_parameters(config, params)
-    step = make_train_step(train_loss, tx, trainable=config.trainable, microbatches=config.hardware.microbatches)
+    step = make_train_step(
+        task.train_loss_fn, tx, trainable=config.trainable, microbatches=config.hardware.microbatches
+    )
     with _open_run(parsed, task, length) as run:
         result = fit(
             create_state(params, extra, tx, rng=jax.random.key(config.seed + 1), trainable=config.trainable),
             guard(step, config.loop.guard),
             task.train,
             steps=length,
-            loss_fn=train_loss,
+            loss_fn=task.train_loss_fn,
             evaluators={
-                name: make_evaluator(eval_loss, eval_batches(source, task.eval_batch_size))
+                name: make_evaluator(task.eval_loss_fn, eval_batches(source, task.eval_batch_size))
                 for name, source in task.evaluated.items()
             },
             eval_every=eval_every,
@@ -116,6 +117,11 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
             print(f"stopped by {result.stopped_by}; saved in {config.out}. Run the same command to go on.")
             return None
         return result, _report(parsed, task, run, result, rows, time.perf_counter() - start)
+
+
+def _init(task: Task, seed: int) -> tuple[Any, Any]:
+    first, others = select_inputs(jax.tree.map(lambda x: x[:1], task.train[0]), task.inputs)
+    return init_model(task.model, jax.random.key(seed), first, **others)
 
 
 def _show_parameters(config: Any, params: Any) -> list[dict[str, Any]]:

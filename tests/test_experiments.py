@@ -16,7 +16,12 @@ from jaxdl.command import run_command
 from jaxdl.config import ConfigError, parse
 from jaxdl.report import read_history
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+    if "experiments.classify_images import" in path.read_text()
+    or "experiments.regress_table import" in path.read_text()
+]
 RNG = np.random.default_rng(0)
 
 

@@ -191,7 +191,7 @@ class Attention(nn.Module):
         if source is None:
             if cache is None:
                 raise ModelError("cross-attention needs a memory; give the encoder's output, or a cache that holds it.")
-            key, value = cache["key"], cache["value"]
+            key, value = (_unflat(cache[name], len(x_BTD)) for name in ("key", "value"))
         else:
             key, value = self._heads("key", source, G), self._heads("value", source, G)
         if block.has_query_key_norm:
@@ -219,14 +219,16 @@ class Attention(nn.Module):
         return _dense(block, n * size, block.query_bias, name)(x_BTD).reshape(*x_BTD.shape[:2], n, size)
 
     def _remember(self, key: Array, value: Array, cache: Cache, context: Context) -> tuple[Array, Array, Cache]:
+        parts = {"key": _flat(key), "value": _flat(value)}
         if self.is_cross:
-            return key, value, {"key": key, "value": value}
+            return key, value, {name: part.astype(cache[name].dtype) for name, part in parts.items()}
         start = context.sight.query_slots[0]
         new = {
             name: jax.lax.dynamic_update_slice_in_dim(cache[name], part.astype(cache[name].dtype), start, axis=1)
-            for name, part in (("key", key), ("value", value))
+            for name, part in parts.items()
         }
-        return new["key"].astype(key.dtype), new["value"].astype(value.dtype), new
+        n_rows = len(key)
+        return _unflat(new["key"], n_rows).astype(key.dtype), _unflat(new["value"], n_rows).astype(value.dtype), new
 
     def _mask(self, context: Context) -> Array | None:
         if self.is_cross:
@@ -248,6 +250,16 @@ class Attention(nn.Module):
         if not train or not rate:
             return None
         return lambda probabilities: dropout(probabilities, rate, train=True, name="dropout")
+
+
+def _flat(x_BSGK: Array) -> Array:
+    """(B G, S, K), the form that a cache has: that of the products in `attend`, so that XLA updates it in place."""
+    B, S, G, K = x_BSGK.shape
+    return jnp.swapaxes(x_BSGK, 1, 2).reshape(B * G, S, K)
+
+
+def _unflat(x_NSK: Array, n_rows: int) -> Array:
+    return jnp.swapaxes(x_NSK.reshape(n_rows, -1, *x_NSK.shape[1:]), 1, 2)
 
 
 def _rms(block: Block) -> Block:

@@ -74,10 +74,10 @@ class Recurrent(nn.Module):
         check(
             "Recurrent",
             count_problem("width", self.width),
-            None if isinstance(self.cell, Cell) else name_problem("cell", self.cell, CELLS),
+            None if isinstance(self.cell, Cell) else name_problem("cell", str(self.cell), CELLS),
             count_problem("n_layers", self.n_layers),
             rate_problem("dropout_rate", self.dropout_rate),
-            name_problem("implementation", self.implementation, IMPLEMENTATIONS),
+            name_problem("implementation", str(self.implementation), IMPLEMENTATIONS),
             "dropout_rate acts between layers and n_layers=1 has no between; set it to 0, or add layers."
             if lonely
             else None,
@@ -142,7 +142,7 @@ class Recurrent(nn.Module):
 
     def _scan(self, x_BTD: Array, mask: Array | None, carry: States, train: bool) -> tuple[Array, States]:
         x_TBD, mask_TB = jnp.swapaxes(x_BTD, 0, 1).astype(self.dtype), None if mask is None else mask.T
-        finals = []
+        finals: list[States] = []
         for i in range(self.n_layers):
             n = len(finals)
             layer = Layer(

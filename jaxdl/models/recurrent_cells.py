@@ -29,13 +29,15 @@ class Cell(NamedTuple):
       n_states: arrays (B, F) that a step hands on; the first is the output `h`.
       forward: `(x_BG, h_BG, old) -> (new, saved)`, with whatever `backward` needs in `saved`.
       backward: `(saved, old, new, d_new) -> (d_x_BG, d_h_BG, d_old)`, where `d_old` leaves out what flows through
-        `h_BG`. A cell that only sees the sum of the two returns the same array twice.
+        `h_BG`.
+      is_sum: the cell sees `x_BG + h_BG` only, so that `d_x_BG` and `d_h_BG` are one array.
     """
 
     gate_biases: tuple[float, ...]
     n_states: int
     forward: Callable[[Array, Array, States], tuple[States, Any]]
     backward: Callable[[Any, States, States, States], tuple[Array, Array, States]]
+    is_sum: bool = False
 
 
 def _tanh_forward(x: Array, h: Array, old: States) -> tuple[States, Any]:
@@ -86,16 +88,22 @@ def _gru_backward(saved: Any, old: States, new: States, d_new: States) -> tuple[
 
 
 CELLS: dict[str, Cell] = {
-    "rnn": Cell((0.0,), 1, _tanh_forward, _tanh_backward),
-    "rnn_relu": Cell((0.0,), 1, _relu_forward, _relu_backward),
-    "lstm": Cell((0.0, 1.0, 0.0, 0.0), 2, _lstm_forward, _lstm_backward),
+    "rnn": Cell((0.0,), 1, _tanh_forward, _tanh_backward, is_sum=True),
+    "rnn_relu": Cell((0.0,), 1, _relu_forward, _relu_backward, is_sum=True),
+    "lstm": Cell((0.0, 1.0, 0.0, 0.0), 2, _lstm_forward, _lstm_backward, is_sum=True),
     "gru": Cell((0.0, 0.0, 0.0), 1, _gru_forward, _gru_backward),
 }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def scan_cell(
-    cell: Cell, reverse: bool, x_TBG: Array, kernel_FG: Array, bias_G: Array, initial: States, mask_TB: Array | None
+    cell: Cell,
+    reverse: bool,
+    x_TBG: Array,
+    kernel_FG: Array,
+    bias_G: Array | None,
+    initial: States,
+    mask_TB: Array | None,
 ) -> tuple[Array, States]:
     """Runs a cell over time; where the mask is False the states stay as they are.
 
@@ -103,7 +111,8 @@ def scan_cell(
       cell: one of `CELLS`, or a `Cell` of your own.
       reverse: from the last step to the first.
       x_TBG: the inputs of all steps, already multiplied by the input kernel.
-      kernel_FG, bias_G: the recurrent kernel and bias. The product has the kernel's dtype, all else the states'.
+      kernel_FG: the recurrent kernel; its dtype is that of the products, all else has the states'.
+      bias_G: the recurrent bias; None where it is in `x_TBG` already, which a cell with `is_sum` allows.
       initial: `cell.n_states` arrays (B, F), float32 or float64.
       mask_TB: bool, or None if every step counts.
 
@@ -120,11 +129,18 @@ def scan_cell(
 
 
 def _scan_forward(
-    cell: Cell, reverse: bool, x_TBG: Array, kernel_FG: Array, bias_G: Array, initial: States, mask_TB: Array | None
+    cell: Cell,
+    reverse: bool,
+    x_TBG: Array,
+    kernel_FG: Array,
+    bias_G: Array | None,
+    initial: States,
+    mask_TB: Array | None,
 ) -> tuple[tuple[Array, States], Any]:
     def step(old: States, t: Any) -> tuple[States, Any]:
         x_BG, mask_B = t
-        h_BG = _product(old[0], kernel_FG) + bias_G.astype(old[0].dtype).reshape(1, -1)
+        h_BG = _product(old[0], kernel_FG)
+        h_BG = h_BG if bias_G is None else h_BG + bias_G.astype(h_BG.dtype).reshape(1, -1)
         new, saved = cell.forward(x_BG.astype(h_BG.dtype), h_BG, old)
         new = _choose(mask_B, new, old)
         return new, (new, saved)
@@ -137,34 +153,31 @@ def _scan_backward(cell: Cell, reverse: bool, residuals: Any, cotangents: tuple[
     x_TBG, kernel_FG, bias_G, initial, mask_TB, states, saved = residuals
     d_h_TBF, d_final = cotangents
     before = tuple(_shifted(first, later, reverse) for first, later in zip(initial, states, strict=True))
-    is_sum = False
+    kernel_GF = kernel_FG.T
 
     def step(d_new: States, t: Any) -> tuple[States, Any]:
-        nonlocal is_sum
         saved, old, new, d_h_BF, mask_B = t
         d_new = (d_new[0] + d_h_BF, *d_new[1:])
         zeros = jax.tree.map(jnp.zeros_like, d_new)
         d_x_BG, d_h_BG, d_old = cell.backward(saved, old, new, _choose(mask_B, d_new, zeros))
-        d_old = (d_old[0] + _product(d_h_BG, kernel_FG.T), *d_old[1:])
-        is_sum = d_x_BG is d_h_BG
-        return _choose(mask_B, d_old, d_new), (d_x_BG, None if is_sum else d_h_BG)
+        d_old = (d_old[0] + _product(d_h_BG, kernel_GF), *d_old[1:])
+        return _choose(mask_B, d_old, d_new), (d_x_BG, None if cell.is_sum else d_h_BG)
 
     times = (saved, before, states, d_h_TBF, mask_TB)
     d_initial, (d_x_TBG, d_h_TBG) = jax.lax.scan(step, d_final, times, reverse=not reverse)
-    d_h_TBG = d_x_TBG if is_sum else d_h_TBG
-    d_kernel_FG = _product(_rows(before[0]).T, _rows(d_h_TBG), dtype=kernel_FG.dtype)
-    d_bias_G = d_h_TBG.sum((0, 1))
-    grads = (d_x_TBG.astype(x_TBG.dtype), d_kernel_FG.astype(kernel_FG.dtype), d_bias_G.astype(bias_G.dtype))
-    return (*grads, d_initial, None)
+    d_h_TBG = d_x_TBG if cell.is_sum else d_h_TBG
+    h_TBF, d_TBG = before[0].astype(kernel_FG.dtype), d_h_TBG.astype(kernel_FG.dtype)
+    d_kernel_FG = jnp.tensordot(h_TBF, d_TBG, ((0, 1), (0, 1)), preferred_element_type=d_h_TBG.dtype)
+    d_bias_G = None if bias_G is None else d_h_TBG.sum((0, 1)).astype(bias_G.dtype)
+    return d_x_TBG.astype(x_TBG.dtype), d_kernel_FG.astype(kernel_FG.dtype), d_bias_G, d_initial, None
 
 
 scan_cell.defvjp(_scan_forward, _scan_backward)
 
 
-def _product(a: Array, b: Array, dtype: Any = None) -> Array:
+def _product(a: Array, kernel: Array) -> Array:
     """In the kernel's dtype, summed in the states'."""
-    dtype = dtype or b.dtype
-    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=a.dtype)
+    return jnp.matmul(a.astype(kernel.dtype), kernel, preferred_element_type=a.dtype)
 
 
 def _choose(mask_B: Array | None, new: States, old: States) -> States:
@@ -177,7 +190,3 @@ def _shifted(initial: Array, states: Array, reverse: bool) -> Array:
     """The state before each step."""
     parts = [states[1:], initial[None]] if reverse else [initial[None], states[:-1]]
     return jnp.concatenate(parts)
-
-
-def _rows(x_TBF: Array) -> Array:
-    return x_TBF.reshape(-1, x_TBF.shape[-1])

@@ -3,8 +3,6 @@
 Dimensions: `B` batch, `T` time, `D` inputs, `F` width of a state, `L` layers x directions.
 """
 
-import functools
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import rnn
 
+from jaxdl.choices import tell
 from jaxdl.models.checks import ModelError
 from jaxdl.models.recurrent_cells import CELLS, Cell, States
 from jaxdl.paths import Tree
@@ -72,18 +71,13 @@ def choose_implementation(
     if wanted == "scan":
         found = ["it was asked for"]
     choice = Choice("scan", found[0]) if found else Choice("cudnn", "an LSTM in float32 on one NVIDIA device")
-    _log(choice)
+    tell("recurrent layers", choice.name, choice.reason)
     return choice
 
 
 def _platform() -> str:
-    device = jax.config.jax_default_device or jax.devices()[0]
+    device = jax.config.values["jax_default_device"] or jax.devices()[0]
     return device if isinstance(device, str) else device.client.platform_version
-
-
-@functools.cache
-def _log(choice: Choice) -> None:
-    logging.getLogger("jaxdl").info("recurrent layers run as %s: %s", choice.name, choice.reason)
 
 
 def cudnn_lstm(

@@ -217,19 +217,19 @@ def init_cache(stack: Stack, n_rows: int, n_slots: int, *, n_memory: int = 0, dt
       dtype: of keys and values.
 
     Returns:
-      `{"layers", "mask" (B, n_slots) bool, "length" int32}`.
+      `{"layers", "mask" (B, n_slots) bool, "length" int32}`; keys and values are (B G, n_slots, K).
 
     Example:
       >>> stack = Stack((Block(width=8, n_heads=2, hidden=16, is_causal=True),))
       >>> init_cache(stack, 1, 5)["layers"]["layer_0"]["attention"]["key"].shape
-      (1, 5, 2, 4)
+      (2, 5, 4)
     """
 
     def empty(block: Block) -> Cache:
         _, n_groups, head_size = block.heads
         sizes = {"attention": n_slots, **({"cross": n_memory} if block.has_cross else {})}
         return {
-            name: {part: jnp.zeros((n_rows, n, n_groups, head_size), dtype) for part in ("key", "value")}
+            name: {part: jnp.zeros((n_rows * n_groups, n, head_size), dtype) for part in ("key", "value")}
             for name, n in sizes.items()
         }
 

@@ -1,0 +1,27 @@
+"""A small GPT on the source of Python's standard library, in byte-level BPE.
+
+Needs the extra `text` (pip install 'jaxdl[text]'); with --config.tokenizer.kind=bytes it needs nothing.
+Command: python -m experiments.language_model --config configs/python_gpt.py
+"""
+
+from experiments.language_model import Config
+from experiments.settings import Loop, Optimizer
+from experiments.text import TokenizerChoice
+from experiments.text_models import GPT
+from experiments.text_rows import TextRows
+from jaxdl.config import Duration
+
+
+def get_config() -> Config:
+    return Config(
+        tokenizer=TokenizerChoice(kind="byte_level", vocab_size=2048),
+        data=TextRows(length=256, batch_size=16, eval_batch_size=32, validation=0.01, test=0.02),
+        model=GPT(n_layers=4, width=192, n_heads=6),
+        optimizer=Optimizer(
+            learning_rate=3e-3, warmup=Duration("50 steps"), weight_decay=0.1, clip_norm=1.0, options={"b2": 0.98}
+        ),
+        loop=Loop(
+            length=Duration("800 steps"), eval_every=Duration("200 steps"), checkpoint_every=Duration("200 steps")
+        ),
+        out="runs/python_gpt",
+    )

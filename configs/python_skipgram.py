@@ -1,0 +1,20 @@
+"""Skip-gram embeddings of the names in the source of Python's own library; needs no download.
+
+Command: python -m experiments.embed_words --config configs/python_skipgram.py
+"""
+
+from experiments.embed_words import Config, Words
+from experiments.settings import Loop
+from jaxdl.config import Duration
+
+
+def get_config() -> Config:
+    return Config(
+        data=Words(name="python", min_count=5, window=5, subsample=1e-3),
+        width=100,
+        loop=Loop(
+            length=Duration("10 epochs"), checkpoint_every=Duration("5 epochs"), log_every=200, steps_per_call=10
+        ),
+        probes=("list", "write", "TypeError", "socket", "int", "False", "index", "parent", "lock"),
+        out="runs/python_skipgram",
+    )

@@ -1,0 +1,193 @@
+"""The loss of a language model, which never holds the logits of a whole batch.
+
+Dimensions: `B` batch, `T` time, `D` width, `V` vocabulary, `N` chunks of the time axis, `C` tokens of a row in a chunk.
+"""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxdl import losses
+from jaxdl.choices import tell
+from jaxdl.errors import JaxdlError
+from jaxdl.losses import LossFn, LossOut
+from jaxdl.metrics import Mean, Perplexity, spread_weight, total_where
+from jaxdl.models.checks import check, count_problem
+from jaxdl.paths import Tree
+
+INPUTS = ("mask", "token_types", "positions", "documents")
+MOST_LOGIT_BYTES = 256 * 2**20
+
+
+def make_language_loss_fn(
+    model: nn.Module,
+    *,
+    train: bool,
+    chunk_tokens: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> LossFn:
+    """Makes the `loss_fn` of a language model: cross-entropy of `batch["targets"]`, in nats a token.
+
+    The hidden states are cut along time into chunks; the float32 logits of a chunk are made, used and forgotten, and
+    made again in the backward pass. The loss and its gradients are those of the plain computation.
+
+    The batch holds `tokens` (B, T) and `targets` (B, T) int, aligned: `targets[b, t]` is what the model should say at
+    `tokens[b, t]`. It may hold `mask`, `token_types`, `positions` and `documents`, which the model gets; `weight`,
+    (B, T) or (B,); and `n_bytes`, (B,), the bytes of text that the targets of a row stand for. Padding (`mask` 0,
+    `documents` 0) weighs nothing, whatever `weight` says.
+
+    Args:
+      model: a module with the methods `hidden` and `logits`.
+      train: passed on to the model; with True it gets a `dropout` key.
+      chunk_tokens: tokens of all rows together in a chunk, rounded to whole columns of the batch. None: as many as make
+        256 MiB of logits, and no chunks where the whole batch makes less; the log says which.
+      label_smoothing, z_loss: as for `losses.cross_entropy`.
+
+    Returns:
+      `loss_fn(params, extra, batch, rng) -> LossOut` with the sums `accuracy`, `perplexity` (of the likelihood alone,
+      without smoothing and z-loss) and, where the batch has `n_bytes`, `bits_per_byte`.
+
+    Raises:
+      JaxdlError: the model has no such methods, or the batch lacks a key or has shapes that do not fit.
+
+    Example:
+      >>> from jaxdl.models.apply import init_model
+      >>> from jaxdl.models.gpt2 import GPT2, gpt2_block
+      >>> model = GPT2(gpt2_block(width=8, n_heads=2), n_layers=1, vocab_size=11, n_positions=4)
+      >>> batch = {"tokens": jnp.array([[1, 2, 3]]), "targets": jnp.array([[2, 3, 4]])}
+      >>> params, extra = init_model(model, jax.random.key(0), batch["tokens"])
+      >>> out = make_language_loss_fn(model, train=False, chunk_tokens=1)(params, extra, batch, None)
+      >>> float(out.weight), round(float(out.total) / 3) == round(math.log(11)), sorted(out.sums)
+      (3.0, True, ['accuracy', 'perplexity'])
+    """
+    problems = [
+        f"{type(model).__name__} has no method {name!r}; give a language model, such as jaxdl.models.gpt2.GPT2."
+        for name in ("hidden", "logits")
+        if not callable(getattr(model, name, None))
+    ]
+    check(
+        "make_language_loss_fn",
+        *problems,
+        None if chunk_tokens is None else count_problem("chunk_tokens", chunk_tokens),
+    )
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+
+    def loss_fn(params: Tree, extra: Tree, batch: Mapping[str, Array], rng: Array) -> LossOut:
+        _check_batch(model, batch)
+        variables = {"params": params, **extra}
+        hidden_BTD, changed = _hidden(model, variables, extra, batch, rng, train)
+        targets_BT, weight_BT = batch["targets"], _weight(batch)
+
+        def sums_of(hidden: Array, targets: Array, weight: Array) -> dict[str, Array]:
+            logits: Any = model.apply(variables, hidden, method="logits")
+            return _sums(logits, targets, weight, options)
+
+        logits = jax.eval_shape(lambda x: model.apply(variables, x, method="logits"), hidden_BTD[:, :1])
+        n = _n_chunks(targets_BT.shape, logits.shape[-1], chunk_tokens)
+        sums = _in_chunks(sums_of, n, hidden_BTD, targets_BT, weight_BT)
+        return _finish(sums, jnp.sum(weight_BT), weight_BT, batch)._replace(extra=changed)
+
+    return loss_fn
+
+
+def _check_batch(model: nn.Module, batch: Mapping[str, Array]) -> None:
+    problems: list[str | None] = [
+        f"the batch has no {key!r}; it has {', '.join(sorted(batch))}."
+        for key in ("tokens", "targets")
+        if key not in batch
+    ]
+    taken = inspect.signature(model.hidden).parameters
+    problems += [
+        f"the batch has {key!r}, which {type(model).__name__} does not take; leave it out."
+        for key in INPUTS
+        if key in batch and key not in taken
+    ]
+    if "targets" in batch and not jnp.issubdtype(batch["targets"].dtype, jnp.integer):
+        problems.append(f"targets are {batch['targets'].dtype}; they must be integers.")
+    shapes = {key: batch[key].shape for key in ("tokens", "targets", "mask", "documents") if key in batch}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+        problems.append(f"shapes are {shapes}; all must be one (batch, time).")
+    check("batch", *problems)
+
+
+def _hidden(
+    model: nn.Module, variables: Tree, extra: Tree, batch: Mapping[str, Array], rng: Array, train: bool
+) -> tuple[Array, Tree]:
+    given: dict[str, Any] = {key: batch[key] for key in INPUTS if key in batch}
+    if not train:
+        return cast(Array, model.apply(variables, batch["tokens"], **given, method="hidden")), None
+    hidden: Any
+    hidden, changed = model.apply(
+        variables, batch["tokens"], **given, train=True, rngs={"dropout": rng}, mutable=list(extra), method="hidden"
+    )
+    return hidden, dict(changed) if extra else None
+
+
+def _weight(batch: Mapping[str, Array]) -> Array:
+    weight_BT = spread_weight(batch.get("weight"), batch["targets"].shape)
+    for key in ("mask", "documents"):
+        if key in batch:
+            weight_BT = jnp.where(batch[key] != 0, weight_BT, 0.0)
+    return weight_BT
+
+
+def _n_chunks(shape: tuple[int, ...], vocab_size: int, chunk_tokens: int | None) -> int:
+    (n_rows, length), n_bytes = shape, math.prod(shape) * vocab_size * 4
+    if chunk_tokens is None:
+        chunk_tokens = max(1, MOST_LOGIT_BYTES // (vocab_size * 4))
+        is_small = n_bytes <= MOST_LOGIT_BYTES
+        choice = "the whole batch" if is_small else f"{chunk_tokens} tokens"
+        tell(
+            "logits at a time", choice, f"{n_bytes / 2**20:.0f} MiB in all, at most {MOST_LOGIT_BYTES // 2**20} at once"
+        )
+        if is_small:
+            return 1
+    return -(-length // max(1, chunk_tokens // n_rows))
+
+
+def _in_chunks(fn: Any, n: int, *arrays: Array) -> Any:
+    """Sums `fn` over n pieces of the time axis, every piece of all rows, so that a sharded batch stays so."""
+    if n == 1:
+        return fn(*arrays)
+    length = arrays[0].shape[1]
+    size = -(-length // n)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, n * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], n, size, *x.shape[2:]), 1, 0)
+
+    def step(sums: Any, piece: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, jax.checkpoint(fn, prevent_cse=False)(*piece)), None
+
+    pieces = tuple(cut(x) for x in arrays)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *(x[0] for x in pieces)))
+    return jax.lax.scan(step, zeros, pieces)[0]
+
+
+def _sums(logits: Array, targets: Array, weight: Array, options: dict[str, Any]) -> dict[str, Array]:
+    """Sums over one chunk: the loss, the negative log-likelihood, and how often the largest logit was right."""
+    plain = losses.cross_entropy(logits, targets, weight).total
+    loss = losses.cross_entropy(logits, targets, weight, **options).total if any(options.values()) else plain
+    right = (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
+    return {"loss": loss, "nats": jax.lax.stop_gradient(plain), "right": total_where(right, weight)}
+
+
+def _finish(sums: Mapping[str, Array], weight: Array, weight_BT: Array, batch: Mapping[str, Array]) -> LossOut:
+    metrics: dict[str, Any] = {
+        "accuracy": Mean(sums["right"], weight),
+        "perplexity": Perplexity(sums["nats"], weight),
+    }
+    if "n_bytes" in batch:
+        n_bytes = batch["n_bytes"]
+        if n_bytes.shape != weight_BT.shape[:1]:
+            raise JaxdlError(f"n_bytes has shape {n_bytes.shape}; it must be {weight_BT.shape[:1]}, one a row.")
+        counted = jnp.where(jnp.any(weight_BT != 0, axis=1), n_bytes, 0).astype(jnp.float32)
+        metrics["bits_per_byte"] = Mean(sums["nats"] / math.log(2), jnp.sum(counted))
+    return LossOut(sums["loss"], weight, metrics)
