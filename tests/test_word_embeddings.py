@@ -30,7 +30,7 @@ def a_batch(seed=0, rows=3, length=5, window=2):
     rng = np.random.default_rng(seed)
     size = length + 2 * window
     documents = np.sort(rng.integers(1, 4, (rows, size)), axis=1)
-    documents[0, -3:] = 0
+    documents[0, -2 * window - 1 :] = 0  # centres too
     tokens = rng.integers(0, V, (rows, size))
     return {
         "tokens": tokens.astype(np.int32),
@@ -153,6 +153,20 @@ def test_a_non_finite_row_step_holds_the_state():
     for new in (held, again):
         for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(params), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_four_devices_give_the_step_of_one():
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), some_params())
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    step = jax.jit(make_row_step(Noise(noise_cdf(np.ones(V)), 4), learning_rate=lambda step: jnp.float32(0.1)))
+    batch, state = a_batch(rows=8), create_row_state(params, jax.random.key(0))
+    one, _ = step(state, batch)
+    many, _ = step(
+        jax.device_put(state, jax.NamedSharding(mesh, jax.P())),
+        jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data"))),
+    )
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_noise_follows_the_counts_to_the_power():

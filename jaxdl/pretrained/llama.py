@@ -4,7 +4,8 @@ from jaxdl.models.llama import Llama
 from jaxdl.pretrained.decoder import named_head, our_real_outputs, text_inputs, their_real_outputs
 from jaxdl.pretrained.entries import Entry, Ignored, Line, Tied, dense, embedding, entry, expand, norm
 from jaxdl.pretrained.family import Family
-from jaxdl.pretrained.llama_config import CLASSES, architectures, to_config, to_model
+from jaxdl.pretrained.llama_config import CLASSES, architectures, to_model
+from jaxdl.pretrained.llama_export import to_config
 from jaxdl.pretrained.matching import Names
 from jaxdl.pretrained.transforms import pad_columns, transpose
 

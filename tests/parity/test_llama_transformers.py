@@ -4,12 +4,15 @@ Transformers computes norms, softmax and rotary angles in float32 whatever the m
 float64, so that both sides are compared in float64 throughout.
 """
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from jaxdl.pretrained import load, save
+from jaxdl.models.positions import Rotary
+from jaxdl.pretrained import PretrainedError, load, save
+from jaxdl.pretrained.family import build_model
 from jaxdl.pretrained.llama import LLAMA_FAMILIES
 from jaxdl.pretrained.verify import verify_parity
 
@@ -122,15 +125,15 @@ def test_outputs_gradients_and_steps_are_those_of_transformers(tmp_path, case, i
 
 @pytest.mark.parametrize("case", CASES)
 def test_in_and_out_again_byte_for_byte(tmp_path, case):
-    theirs, family = create(case)
+    theirs, _ = create(case)
     theirs.save_pretrained(tmp_path / "theirs")
-    first = load(tmp_path / "theirs", family=family)
-    save(tmp_path / "ours", first.model, first.params, family=family)
+    first = load(tmp_path / "theirs")
+    save(tmp_path / "ours", first.model, first.params)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["model_type"] == CASES[case][0]
-    second = load(tmp_path / "ours", family=family)
+    second = load(tmp_path / "ours")
     assert second.model == first.model
-    save(tmp_path / "again", second.model, second.params, family=family)
+    save(tmp_path / "again", second.model, second.params)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     back = type(theirs).from_pretrained(tmp_path / "ours").eval()
@@ -138,3 +141,58 @@ def test_in_and_out_again_byte_for_byte(tmp_path, case):
     with torch.no_grad():
         out, expected = back(ids)[0], theirs(ids)[0]
     np.testing.assert_array_equal(out.numpy(), expected.numpy())
+
+
+PLAIN = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+
+
+def build(model_type, **settings):
+    family = FAMILIES[model_type]
+    architecture = next(name for name, head in family.architectures.items() if head == "causal_lm")
+    return build_model(family, {"model_type": model_type, **PLAIN, "vocab_size": 19, **settings}, architecture, {})
+
+
+def test_older_files_say_the_same_in_other_words():
+    scaling = {key: value for key, value in LLAMA3.items() if key not in ("rope_theta", "rope_type")}
+    old = build("llama", rope_theta=100.0, rope_scaling={**scaling, "type": "llama3"})
+    assert old == build("llama", rope_parameters=LLAMA3)
+    assert old.block.rotary == Rotary(100.0, 4.0, "llama3", 1.0, 3.0, 16)
+    new = {name: value for name, value in GEMMA3.items() if name != "layer_types"}
+    old = {"rope_theta": 1000.0, "rope_local_base_freq": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    rest = {"sliding_window_pattern": 2, "sliding_window": 4, "query_pre_attn_scalar": 9}
+    assert build("gemma3_text", **old, **rest) == build("gemma3_text", **{**new, **rest})
+    assert build("gemma3_text", **old, **rest).local_layers == (0, 2)
+    assert build("gemma2", sliding_window=4).local_layers == (0, 2)
+    assert build("gemma", hidden_act="gelu").block.activation == "gelu_tanh"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "words"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["rope_type='yarn' is not supported"]),
+        ("llama", {"rope_scaling": {"type": "linear"}}, ["needs a factor"]),
+        ("llama", {"partial_rotary_factor": 0.5, "quantization_config": {"bits": 4}}, ["partial_rotary", "quantiz"]),
+        ("gemma", {"use_bidirectional_attention": True}, ["use_bidirectional_attention=True"]),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "mamba", "sliding_attention"]},
+            ["['mamba']", "sliding_window=None"],
+        ),
+    ],
+)
+def test_what_is_not_supported_is_named(model_type, settings, words):
+    with pytest.raises(PretrainedError) as error:
+        build(model_type, **settings)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_a_model_that_no_config_can_describe_is_not_saved():
+    model = build("llama")
+    to_config = FAMILIES["llama"].to_config
+    assert to_config(dataclasses.replace(model, block=model.block.replace(dropout_rate=0.1)))["model_type"] == "llama"
+    with pytest.raises(PretrainedError, match="embed_scale"):
+        to_config(dataclasses.replace(model, embed_scale=2.0))
+    with pytest.raises(PretrainedError, match=r"attention_scale"):
+        to_config(dataclasses.replace(model, block=model.block.replace(attention_scale=0.3)))
+    with pytest.raises(PretrainedError, match="rotary"):
+        to_config(dataclasses.replace(model, block=model.block.replace(rotary=None)))

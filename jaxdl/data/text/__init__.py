@@ -6,16 +6,13 @@ from jaxdl.data.text.corpora import load_brown, load_newsgroups, load_shakespear
 from jaxdl.data.text.corruption import corrupt_spans, mask_tokens, sentinel_ids, span_lengths
 from jaxdl.data.text.documents import (
     Documents,
-    from_source,
     python_library,
-    read_jsonl,
-    read_parquet,
     read_text_files,
-    read_tfds,
     split_by_hash,
 )
 from jaxdl.data.text.mixture import Mixture
 from jaxdl.data.text.packing import PackedDocuments, StreamWindows, TokenStream
+from jaxdl.data.text.records import from_source, read_jsonl, read_parquet, read_tfds
 from jaxdl.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer, check_fits
 from jaxdl.data.text.word_vectors import WordVectors
 from jaxdl.data.text.words import WordStream, WordWindows, split_names, split_words
