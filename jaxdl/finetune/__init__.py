@@ -1,0 +1,1 @@
+"""Fine-tuning: which parameters move, adapters beside frozen ones, and the proof that nothing else moved."""
