@@ -53,12 +53,14 @@ class FitResult(NamedTuple):
       stopped_by: None at the planned end, else `"SIGTERM"`, `"SIGINT"` or `"early stopping"`.
       evaluations: the last evaluation in full, arrays such as the confusion matrix included.
       timing: seconds by phase.
+      metadata: what a checkpoint of `state` holds beside it: the unfinished row of the log, the patience.
     """
 
     state: TrainState
     stopped_by: str | None
     evaluations: dict[str, Any]
     timing: Timing
+    metadata: dict[str, Any]
 
 
 def fit(
@@ -80,6 +82,8 @@ def fit(
     is_resident: bool | None = None,
     mesh: jax.sharding.Mesh | None = None,
     profile: Profile | None = None,
+    stop_at: int | None = None,
+    resumed: Any = None,
 ) -> FitResult:
     """Trains until `steps` updates have been made, going on from the newest good checkpoint in `store`.
 
@@ -105,14 +109,18 @@ def fit(
         transform runs on the host.
       mesh: devices over whose axis `data` batches are sharded; None uses one device.
       profile: a trace to take.
+      stop_at: save and return after this many updates of the `steps`, in the middle of the run: without an evaluation
+        that is not due, and with the row of the log open. `resumed` takes the result on.
+      resumed: a `checkpoint.Restored` to go on from, in place of `state` and of what `store` holds.
 
     Raises:
       JaxdlError: arguments that make no sense, all at once.
       NonFiniteError: a guarded step met a NaN or an infinity; the state before it has been saved.
       RetraceError: a batch changed its shape or dtype.
     """
-    _check_fit(steps, eval_every, checkpoint_every, log_every, steps_per_call, mesh, data)
+    _check_fit(steps, eval_every, checkpoint_every, log_every, steps_per_call, stop_at, mesh, data)
     feed = make_feed(train_step, data, steps_per_call=steps_per_call, is_resident=is_resident, mesh=mesh)
+    state = state if resumed is None else resumed.state
     loop = _Loop(
         state=state if mesh is None else jax.device_put(state, jax.NamedSharding(mesh, jax.P())),
         feed=feed,
@@ -128,6 +136,8 @@ def fit(
         progress=progress,
         patience=Patience(early_stopping),
         profile=profile,
+        stop_at=steps if stop_at is None else min(stop_at, steps),
+        resumed=resumed,
     )
     with StopFlag() as stop:
         return loop.run(stop)
@@ -139,6 +149,7 @@ def _check_fit(
     checkpoint_every: int | None,
     log_every: int,
     steps_per_call: int,
+    stop_at: int | None,
     mesh: Any,
     data: Any,
 ) -> None:
@@ -148,6 +159,7 @@ def _check_fit(
         "checkpoint_every": checkpoint_every,
         "log_every": log_every,
         "steps_per_call": steps_per_call,
+        "stop_at": stop_at,
     }
     problems = [f"{name}={n} must be at least 1." for name, n in counts.items() if n is not None and n < 1]
     for name, n in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
@@ -180,6 +192,8 @@ class _Loop:
     progress: Any
     patience: Patience
     profile: Profile | None
+    stop_at: int
+    resumed: Any
     timing: Timing = field(default_factory=Timing)
     evaluations: dict[str, Any] = field(default_factory=dict)
     is_tracing: bool = False
@@ -192,9 +206,9 @@ class _Loop:
         start = time.perf_counter()
         stopped_by = None
         try:
-            self.feed.start(step, self.steps)
+            self.feed.start(step, self.stop_at)
             stopped_by = self._catch_up(step, stop)
-            while step < self.steps and not stopped_by:
+            while step < self.stop_at and not stopped_by:
                 n = self.feed.chunk(self._boundary(step) - step)
                 self._trace(step - first)
                 self.state, vectors = self.feed.call(self.state, step, n)
@@ -212,25 +226,26 @@ class _Loop:
         finally:
             self._close()
         self._time(step - first, time.perf_counter() - start)
-        return FitResult(self.state, stopped_by, self.evaluations, self.timing)
+        return FitResult(self.state, stopped_by, self.evaluations, self.timing, self._metadata(step))
 
     def _resume(self) -> int:
-        if self.store is None or not self.store.steps():
+        if self.resumed is None and (self.store is None or not self.store.steps()):
             for step, reason in ({} if self.store is None else self.store.damaged()).items():
                 self._note(f"checkpoint {step} is not whole ({reason}); starting from the beginning")
             for writer in self.writers:
                 writer.resume(0)
             return int(self.state.step)
-        restored = self.store.restore(self.state, on_note=self._note)
-        self.state, step = restored.state, restored.step
-        saved = restored.metadata
+        restored = self.resumed or self.store.restore(self.state, on_note=self._note)
+        step, saved = restored.step, restored.metadata
         self.log.from_json(saved.get("log"))
         self.patience.from_json(saved.get("patience"))
         self.saved_step = step
         self.evaluated_step = step if saved.get("is_evaluated") else -1
         for writer in self.writers:
             writer.resume(step)
-        self._note(f"resumed from the checkpoint of step {step}")
+        if self.resumed is None:
+            self.state = restored.state
+            self._note(f"resumed from the checkpoint of step {step}")
         return step
 
     def _catch_up(self, step: int, stop: StopFlag) -> str | None:
@@ -240,7 +255,7 @@ class _Loop:
         return self._evaluate(step, stop) if is_resumed and (is_owed or self.patience.is_spent) else None
 
     def _boundary(self, step: int) -> int:
-        return min([self.steps, *((step // n + 1) * n for n in (self.eval_every, self.checkpoint_every))])
+        return min([self.stop_at, *((step // n + 1) * n for n in (self.eval_every, self.checkpoint_every))])
 
     def _first_step(self, compiled: Compiled, start: float) -> None:
         jax.block_until_ready(self.state.step)
@@ -265,9 +280,10 @@ class _Loop:
 
     def _finish(self, step: int, stopped_by: str | None, stop: StopFlag) -> str | None:
         self._write(self.log.drain())
-        if stopped_by is None:
+        is_end = self.stop_at == self.steps
+        if stopped_by is None and is_end:
             stopped_by = self._evaluate(step, stop)
-        if stopped_by in (None, "early stopping"):
+        if stopped_by == "early stopping" or (stopped_by is None and is_end):
             self._write(self.log.close_row(step))
         if self.store is not None:
             if self.saved_step != step:
@@ -293,15 +309,14 @@ class _Loop:
         if self.store is None:
             return
         self._write(self.log.drain())
-        is_evaluated = self.evaluated_step == step
-        metadata = {
-            "log": self.log.to_json(),
-            "patience": self.patience.to_json(),
-            "is_evaluated": is_evaluated,
-        }
-        scores = metrics_lib.scalars(self.evaluations) if is_evaluated else None
+        metadata = self._metadata(step)
+        scores = metrics_lib.scalars(self.evaluations) if metadata["is_evaluated"] else None
         self._timed("save_s", lambda: self.store.save(step, self.state, metadata=metadata, metrics=scores))
         self.saved_step = step
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        is_evaluated = self.evaluated_step == step
+        return {"log": self.log.to_json(), "patience": self.patience.to_json(), "is_evaluated": is_evaluated}
 
     def _fail(self, bad: NonFiniteStep) -> None:
         what = f"step {bad.step} gave non-finite {', '.join(bad.names)}"

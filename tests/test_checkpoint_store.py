@@ -313,6 +313,22 @@ def test_another_model_is_a_mismatch_with_all_differences_and_no_walk_back(tmp_p
     assert not isinstance(error.value, CheckpointCorrupt)
 
 
+def test_the_structure_may_depend_on_the_step(tmp_path):
+    """A damaged step of another structure is passed over like any other."""
+    like = {1: {"w": np.zeros(3)}, 2: {"w": np.zeros(3), "m": np.zeros(2)}}
+    with Store(tmp_path) as store:
+        for step in (1, 2):
+            store.save(step, jax.tree.map(lambda x, step=step: x + step, like[step]))
+        store.wait()
+        assert store.restore(like.get).state["m"].tolist() == [2, 2]
+        (tmp_path / "2" / "manifest.json").unlink()
+        restored = store.restore(like.get, on_note=lambda text: None)
+        assert (restored.step, [step for step, _ in restored.skipped]) == (1, [2])
+        assert jax.tree.map(list, restored.state) == {"w": [1, 1, 1]}
+        with pytest.raises(CheckpointMismatch, match="m float64"):
+            store.restore(like[2], step=1)
+
+
 def test_missing_checkpoints_are_said_plainly(tmp_path):
     with Store(tmp_path / "none") as store:
         with pytest.raises(CheckpointError, match="holds no checkpoint"):

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaxdl import JaxdlError, create_state, guard, make_optimizer, make_train_step, metrics
-from jaxdl.checkpoint import Store
+from jaxdl.checkpoint import Restored, Store
 from jaxdl.compilation import Compiled, RetraceError
 from jaxdl.data import ArraySource, Pipeline, eval_batches, random_flip
 from jaxdl.early_stopping import EarlyStopping
@@ -347,6 +347,19 @@ def test_a_checkpoint_saved_by_hand_can_be_continued(tmp_path):
     with Store(tmp_path / "checkpoints") as store:
         store.save(0, state)
     assert int(run(tmp_path).state.step) == 20
+
+
+@pytest.mark.parametrize("stop_at", [6, 7, 10])
+def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, stop_at):
+    """6 is due for an evaluation and 10 for a save; 7 lies inside a row of the log."""
+    straight = run(tmp_path / "straight")
+    first = run(tmp_path, stop_at=stop_at)
+    assert (int(first.state.step), first.stopped_by) == (stop_at, None)
+    assert max(Store(tmp_path / "checkpoints").steps()) == stop_at
+    second = run(tmp_path, resumed=Restored(first.state, stop_at, first.metadata, ()))
+    chex.assert_trees_all_equal(second.state.params, straight.state.params)
+    chex.assert_trees_all_equal(second.state.opt_state, straight.state.opt_state)
+    assert log_of(tmp_path) == log_of(tmp_path / "straight")
 
 
 def test_the_log_fetches_only_what_is_older_than_asked():

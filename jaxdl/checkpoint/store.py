@@ -204,12 +204,15 @@ class Store:
         scores = {step: metrics.get(self._best_metric or "") for step, metrics in found.items()}
         return {step: score if isinstance(score, (int, float)) else None for step, score in scores.items()}
 
-    def restore(self, like: Tree, *, step: int | None = None, on_note: Callable[[str], object] = print) -> Restored:
+    def restore(
+        self, like: Tree | Callable[[int], Tree], *, step: int | None = None, on_note: Callable[[str], object] = print
+    ) -> Restored:
         """Reads the newest intact checkpoint, every byte of it verified.
 
         Args:
-          like: the state to fill, abstract (`jax.eval_shape`) or concrete. Leaves with a sharding they are committed
-            to are placed on it, the others like fresh arrays.
+          like: the state to fill, abstract (`jax.eval_shape`) or concrete; where steps differ in structure, a function
+            that gives it by step. Leaves with a sharding they are committed to are placed on it, the others like fresh
+            arrays.
           step: read this step, and no other if it is damaged; None walks back from the newest.
           on_note: is told of every damaged step that is passed over.
 
@@ -219,18 +222,18 @@ class Store:
           CheckpointError: there is no checkpoint.
         """
         self._settle()
-        wanted = describe(like)
+        like_at = like if callable(like) else lambda _: like
 
         def read(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
-            return self._read(folder, wanted)
+            return self._read(folder, describe(like_at(int(folder.name))))
 
         if step is None:
             (manifest, arrays), _, skipped = folders.walk_back(self.directory, read, on_note=on_note)
         else:
             manifest, arrays = self._read_one(step, read)
             skipped = ()
-        flat = flatten(like)
-        leaves = [place(arrays.pop(path), manifest.leaves[path], leaf) for path, leaf in flat.items()]
+        like = like_at(manifest.step)
+        leaves = [place(arrays.pop(path), manifest.leaves[path], leaf) for path, leaf in flatten(like).items()]
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
         return Restored(state, manifest.step, manifest.metadata, skipped)
 
