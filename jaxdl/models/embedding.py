@@ -77,9 +77,9 @@ class Embed(nn.Module):
         if self.has_norm:
             self.norm = Norm(self.block, name="norm")
 
-    def _table(self, n_rows: int, name: str) -> nn.Embed:
+    def _table(self, n_rows: int, name: str) -> "Table":
         block = self.block
-        return nn.Embed(
+        return Table(
             n_rows,
             block.width,
             embedding_init=nn.initializers.normal(block.init_std),
@@ -122,7 +122,14 @@ class Embed(nn.Module):
 
     def logits(self, x_BTD: Array) -> Array:
         """Tied logits: (..., D) -> (..., V) in float32 at least; the padding of the table is cut off."""
-        dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        table_VD = jnp.asarray(self.token.embedding, x_BTD.dtype)
-        logits = jnp.einsum("...d,vd->...v", x_BTD, table_VD, preferred_element_type=dtype)
-        return logits[..., : self.vocab_size]
+        return self.token.attend(x_BTD)[..., : self.vocab_size]
+
+
+class Table(nn.Embed):
+    """An embedding whose products with vectors, `attend`, are in float32 at least, of any dtype of the vectors."""
+
+    def attend(self, query: Array) -> Array:
+        """(..., D) -> (..., rows)."""
+        dtype = jnp.promote_types(query.dtype, jnp.float32)
+        table_VD = jnp.asarray(self.embedding, query.dtype)
+        return jnp.einsum("...d,vd->...v", query, table_VD, preferred_element_type=dtype)

@@ -136,7 +136,7 @@ class Stack(nn.Module):
     def _scan(self, x_BTD: Array, context: Context, cache: Cache | None, train: bool) -> tuple[Array, Cache | None]:
         scanned = nn.scan(
             self._layer(is_scanned=True),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "adapters": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0, nn.broadcast),
             length=len(self.blocks),
