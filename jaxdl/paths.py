@@ -18,6 +18,9 @@ from jaxdl.errors import JaxdlError
 Tree = Any
 Rules = Sequence[tuple[str, Any]]
 
+REST = r"(?s:.*)"
+"""The last pattern of a generated list: whatever is left. It is the one pattern that may win no leaf."""
+
 
 class RuleError(JaxdlError):
     """A rule list does not fit the tree it was applied to; the message lists every problem at once."""
@@ -80,6 +83,17 @@ def match(rules: Rules, tree: Tree, *, what: str = "rules") -> Tree:
       >>> params = {"body": {"kernel": 1, "bias": 2}, "head": {"kernel": 3}}
       >>> match([("head/.*", True), (".*", False)], params, what="trainable")
       {'body': {'bias': False, 'kernel': False}, 'head': {'kernel': True}}
+
+    The result is also a mask for an Optax chain of your own; as a function, it fits the trainable half too:
+
+      >>> import functools, optax
+      >>> kernels = functools.partial(match, [(".*/kernel", True), (".*", False)])
+      >>> decay = optax.add_decayed_weights(0.1, mask=kernels)
+      >>> updates, _ = decay.update(jax.tree.map(lambda w: 0.0, params), decay.init(params), params)
+      >>> updates["body"]["bias"], round(updates["body"]["kernel"], 6)
+      (0.0, 0.1)
+      >>> labels = functools.partial(match, [("head/.*", "fast"), (".*", "slow")])
+      >>> tx = optax.partition({"fast": optax.sgd(1.0), "slow": optax.sgd(0.1)}, labels)
     """
     paths = list(flatten(tree))
     problems = [f"rule {i} is {rule!r}; a rule is a pair (regex, value)." for i, rule in _not_pairs(rules)]
@@ -135,7 +149,7 @@ def claim(
         if not hits:
             near = ", ".join(nearest(pattern, paths)) or "there are none"
             problems.append(f"{what} {pattern!r} matches nothing; nearest paths: {near}.")
-        elif hits.keys() <= claimed.keys():
+        elif hits.keys() <= claimed.keys() and pattern != REST:
             taken = next(iter(hits))
             problems.append(f"{what} {pattern!r} only matches leaves that earlier rules took ({taken}); move it up.")
         claimed = {**hits, **claimed}
