@@ -216,6 +216,12 @@ def test_eval_batches_keep_the_weights_of_the_source():
     assert [batch["weight"].tolist() for batch in eval_batches(source, 2)] == [[0.5, 2.0], [3.0, 0.0]]
 
 
+def test_eval_batches_keep_weights_of_tokens():
+    weight = np.array([[1, 0], [1, 1], [0, 1]], np.float32)
+    batches = list(eval_batches(ArraySource({"x": np.arange(3), "weight": weight}), 2))
+    assert [batch["weight"].tolist() for batch in batches] == [[[1, 0], [1, 1]], [[0, 1], [0, 0]]]
+
+
 def test_array_source_lists_every_problem():
     with pytest.raises(JaxdlError, match="differ in length"):
         ArraySource({"a": np.zeros(3), "b": np.zeros(2)})

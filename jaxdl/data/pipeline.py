@@ -203,7 +203,8 @@ class EvalBatches:
         rows = np.minimum(wanted, len(self.source) - 1)
         batch = _transformed(self.source, rows, self.transforms, 0, rows)
         is_real = (wanted < len(self.source)).astype(np.float32)
-        return {**batch, "weight": is_real * np.asarray(batch.get("weight", np.float32(1)), np.float32)}
+        weight = np.asarray(batch.get("weight", np.ones(size)), np.float32)
+        return {**batch, "weight": weight * is_real.reshape(size, *[1] * (weight.ndim - 1))}
 
 
 def eval_batches(
