@@ -8,17 +8,15 @@ which an interceptor of method calls reads. A model with `nn.scan` of its own ne
 
 import contextlib
 import functools
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
-import jax
 from jax import Array
 
 from jaxdl.errors import JaxdlError
-from jaxdl.finetune.sites import Survey, survey
+from jaxdl.finetune.sites import Survey, nest, survey
 from jaxdl.losses import LossFn, LossOut
 from jaxdl.paths import Tree, flatten, nearest
 
@@ -128,7 +126,7 @@ def with_adapters(loss_fn: LossFn, settings: Settings) -> LossFn:
       AdapterError: in the call, `params` have no adapters, or one of them was never read. Nothing compiles then.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from jaxdl.finetune.lora import Lora, add
       >>> model, settings = nn.Dense(3), Lora([("kernel", 2)])
       >>> x = jnp.ones((4, 5))
@@ -164,7 +162,7 @@ def adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., A
       `method` runs a part of the model; only a call without one must read all adapters.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from jaxdl.finetune.lora import Lora, add
       >>> model, settings = nn.Dense(3), Lora([("kernel", 2)])
       >>> x = jnp.ones((4, 5))
@@ -250,8 +248,8 @@ def _running(kinds: Sequence[Kind], adapters: Tree, *, is_whole: bool) -> Iterat
 def _unread(path: str, trace: Trace) -> str:
     near = ", ".join(nearest(path, trace.read)) or "none was"
     return (
-        f"{COLLECTION}/{path} (read: {near}): is the module called, is `extra` handed on to `model.apply`, does an nn.scan "
-        f"around it have variable_axes={{{COLLECTION!r}: 0}}, and is the model called outside of a jit of its own?"
+        f"{COLLECTION}/{path} (read: {near}): is the module called, is `extra` handed on to `model.apply`, does an "
+        f"nn.scan around it have variable_axes={{{COLLECTION!r}: 0}}, is the model called outside of a jit of its own?"
     )
 
 
@@ -275,8 +273,8 @@ def add(key: Array, params: Tree, settings: Settings, model: nn.Module, *inputs:
     """
     if COLLECTION in params:
         raise AdapterError(
-            f"params already have {COLLECTION!r}; give all kinds to one call of add, merge the old ones (lora.merge), or "
-            "rename a module of that name."
+            f"params already have {COLLECTION!r}; give all kinds to one call of add, merge the old ones (lora.merge), "
+            "or rename a module of that name."
         )
     found = survey(model, *inputs, **kw)
     problems, flat = _base_problems(found.leaves, params), {}
@@ -297,27 +295,3 @@ def _base_problems(leaves: Mapping[str, Any], params: Tree) -> list[str]:
         for path in leaves
         if path not in real and not any(name.startswith(f"{path}/") for name in real)
     ]
-
-
-def key_of(key: Array, path: str) -> Array:
-    """The key of a leaf: a function of the path, so that another target changes nothing here.
-
-    Example:
-      >>> bool((key_of(jax.random.key(0), "a") == key_of(jax.random.key(0), "b")).all())
-      False
-    """
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
-def nest(flat: Mapping[str, Any]) -> Tree:
-    """Nested dicts of leaves by path.
-
-    Example:
-      >>> nest({"head/a": 1, "head/b": 2})
-      {'head': {'a': 1, 'b': 2}}
-    """
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[name] = leaf
-    return tree

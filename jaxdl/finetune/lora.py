@@ -1,177 +1,24 @@
-"""LoRA (Hu et al. 2021), rank-stabilised LoRA (Kalajdzievski 2023) and DoRA (Liu et al. 2024).
+"""Low-rank adapters: adding them, merging them into the base, and several at once.
 
-A module of kernel W gets `a` (inputs..., r) and `b` (r, outputs...): it multiplies with `W + scale * a b`. DoRA adds
-`magnitude` (outputs...), the length of each column. Under `nn.scan` all have the leading axis of the kernel.
+`add` is that of all adapters; `Lora` says which matrices get which rank, see `jaxdl.finetune.low_rank`.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxdl import paths
-from jaxdl.finetune.adapters import COLLECTION, AdapterError, Call, add, base_leaf, kernel_of, key_of, nest
-from jaxdl.finetune.sites import LEAVES, Site, Survey
-from jaxdl.models.checks import count_problem, rate_problem
-from jaxdl.paths import Rules, Tree
+from jaxdl.finetune.adapters import COLLECTION, AdapterError, add
+from jaxdl.finetune.low_rank import Lora, length_of, product, wide
+from jaxdl.finetune.sites import LEAVES, nest
+from jaxdl.paths import Tree
 
 __all__ = ["Lora", "add", "combine", "merge"]
 
-
-@dataclass(frozen=True)
-class Lora:
-    """Which matrices get a branch of which rank, and what it is multiplied by.
-
-    Attributes:
-      rules: `(regex, rank or None)` over the paths of the base's kernels and embeddings, such as
-        `[(".*attention/(query|value)/kernel", 8), (".*", None)]`.
-      alpha: the branch is multiplied by `alpha / rank`.
-      is_rank_stabilized: by `alpha / sqrt(rank)` (Kalajdzievski 2023, arXiv:2312.03732), for large ranks.
-      has_magnitude: DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5): `magnitude * V / |V|` with `V = W + scale * a b`, where
-        `|V|` is the length over the inputs, a constant for the gradient (section 4.3). Not for embeddings.
-      dropout_rate: of the branch's input, where the call has a `dropout` key; embeddings have none. With DoRA the base
-        still reads its input whole.
-
-    Raises:
-      AdapterError: numbers out of range.
-
-    Example:
-      >>> Lora([("head/kernel", 4), (".*", None)], alpha=8).scale(4)
-      2.0
-    """
-
-    rules: Rules
-    _: KW_ONLY
-    alpha: float = 16.0
-    is_rank_stabilized: bool = False
-    has_magnitude: bool = False
-    dropout_rate: float = 0.0
-
-    order: ClassVar[int] = 0
-    names: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rules", tuple(tuple(rule) for rule in self.rules))
-        problems = [
-            None if self.alpha > 0 else f"alpha={self.alpha} must be positive.",
-            rate_problem("dropout_rate", self.dropout_rate),
-            *(count_problem(f"the rank of {rule[0]!r}", rule[1]) for rule in self.rules if rule[1:] != (None,)),
-        ]
-        if found := [problem for problem in problems if problem]:
-            raise AdapterError.listing("Lora", found)
-
-    def scale(self, rank: int) -> float:
-        """The factor of a branch of this rank."""
-        return self.alpha / (rank**0.5 if self.is_rank_stabilized else rank)
-
-    def init(self, key: Array, survey: Survey, params: Tree) -> dict[str, Array]:
-        """As PEFT draws: `a` uniform within 1 / sqrt(inputs), `b` zero; for embeddings `a` zero, `b` normal."""
-        ranks = {path: rank for path, rank in self._ranks(survey.leaves).items() if rank is not None}
-        sites = {path: survey.sites.get(path.rpartition("/")[0]) for path in ranks}
-        problems = [f"{path} {problem}" for path in ranks for problem in self._problems(sites[path], ranks[path])]
-        if problems:
-            raise AdapterError.listing("lora", problems)
-        flat = {}
-        for path, site in sites.items():
-            leaves = _fresh(key, site, ranks[path])
-            if self.has_magnitude:
-                leaves["magnitude"] = _length(base_leaf(params, path), len(site.stack), len(site.inputs))
-            flat.update({"/".join(filter(None, (site.path, name))): leaf for name, leaf in leaves.items()})
-        return flat
-
-    def _ranks(self, leaves: Mapping[str, Any]) -> dict[str, int | None]:
-        domain = [path for path in leaves if path.split("/")[-1] in LEAVES.values()]
-        others = [path for path in leaves if path not in domain]
-        strays = []
-        for pattern, rank in self.rules:
-            hits, _ = paths.claim([pattern], others)
-            if hits and rank is not None and not paths.claim([pattern], domain)[0]:
-                strays.append(
-                    f"rule {pattern!r} only matches what is no matrix of a module: {', '.join(list(hits)[:3])}."
-                )
-        if strays:
-            raise AdapterError.listing("lora: rules speak of kernels and embeddings", strays)
-        return paths.match(self.rules, {path: path for path in domain}, what="lora")
-
-    def _problems(self, site: Site | None, rank: int) -> Iterator[str]:
-        if site is None:
-            yield "is of a module that this call of the model does not reach; exempt it by (regex, None)."
-        elif site.leaf is None:
-            known = ", ".join(f"nn.{kind.__name__}" for kind in LEAVES)
-            yield f"is of {site.kind.__name__}; lora adapts {known}. Exempt it by (regex, None)."
-        elif site.problem:
-            yield f"{site.problem}; exempt it by (regex, None)."
-        elif rank > site.largest_rank:
-            yield f"has rank {site.largest_rank} at most, less than {rank}; use a smaller rank or exempt it."
-        elif self.has_magnitude and site.leaf == "embedding":
-            yield "is an embedding, and DoRA has none; exempt it by (regex, None), or use has_magnitude=False."
-
-    def run(self, call: Call, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The module's output and that of the branch."""
-        y, leaves = inner(*args, **kwargs), call.read(self.names)
-        if not leaves:
-            return y
-        a, b = leaves["a"], leaves["b"]
-        x, scale = (*args, *kwargs.values())[0], self.scale(a.shape[-1])
-        y = y + _branch(call, self._dropped(x, call.module), a.astype(y.dtype), b.astype(y.dtype), scale)
-        return _directed(call.module, y, a, b, scale, leaves["magnitude"]) if "magnitude" in leaves else y
-
-    def _dropped(self, x: Array, module: nn.Module) -> Array:
-        if not self.dropout_rate or isinstance(module, nn.Embed) or not module.has_rng("dropout"):
-            return x
-        is_kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - self.dropout_rate, x.shape)
-        return jnp.where(is_kept, x / (1 - self.dropout_rate), jnp.zeros_like(x))
-
-
-def _fresh(key: Array, site: Site, rank: int) -> dict[str, Array]:
-    a_shape, b_shape = (*site.stack, *site.inputs, rank), (*site.stack, rank, *site.outputs)
-    key = key_of(key, site.path)
-    if site.leaf == "embedding":
-        return {"a": jnp.zeros(a_shape), "b": jax.random.normal(key, b_shape)}
-    bound = math.prod(site.inputs) ** -0.5
-    return {"a": jax.random.uniform(key, a_shape, minval=-bound, maxval=bound), "b": jnp.zeros(b_shape)}
-
-
-def _branch(call: Call, x: Array, a: Array, b: Array, scale: float) -> Array:
-    """The output of the branch: `scale * (x a) b`, where the module says what its product with `a` is."""
-    module, last = call.module, b
-    if isinstance(module, nn.Embed) and call.method == "attend":  # x times the transposed table
-        low, last = jnp.tensordot(x.astype(b.dtype), b.T, 1), a.T
-    elif isinstance(module, nn.Embed):
-        low = jnp.take(a, x, axis=0)
-    else:
-        plain: dict[str, Any] = {"features": a.shape[-1], "use_bias": False}
-        if not isinstance(module, nn.Conv):
-            plain |= {"dot_general": None, "dot_general_cls": None}
-        low = module.clone(parent=None, **plain).apply({"params": {"kernel": a}}, x)
-    return jnp.tensordot(low * jnp.asarray(scale, low.dtype), last, 1)
-
-
-def _directed(module: nn.Module, y: Array, a: Array, b: Array, scale: float, magnitude: Array) -> Array:
-    """DoRA's output: all but the bias times `magnitude / |V|` (Liu et al. 2024, eq. 5 and 11)."""
-    n_inputs = a.ndim - 1
-    v = kernel_of(module).astype(jnp.float32) + scale * _product(a, b)
-    ratio = magnitude / jax.lax.stop_gradient(_length(v, 0, n_inputs))
-    bias = module.get_variable("params", "bias") if module.use_bias else jnp.zeros(())
-    ratio, bias = (part.astype(y.dtype).reshape((1,) * (y.ndim - part.ndim) + part.shape) for part in (ratio, bias))
-    return ratio * y + (1 - ratio) * bias
-
-
-def _product(a: Array, b: Array) -> Array:
-    """`a b` in float32: (inputs..., r), (r, outputs...) -> (inputs..., outputs...)."""
-    return jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1, precision="highest")
-
-
-def _length(kernel: Array, n_stack: int, n_inputs: int) -> Array:
-    """The Euclidean length over the inputs, in float32: (stack..., outputs...); 1 in the place of 0."""
-    kernel = kernel.astype(jnp.float32)
-    length = jnp.sqrt(jnp.sum(kernel * kernel, axis=tuple(range(n_stack, n_stack + n_inputs))))
-    return jnp.where(length == 0, 1.0, length)
+Leaves = dict[str, Array]
 
 
 def merge(params: Tree, settings: Lora) -> Tree:
@@ -182,10 +29,10 @@ def merge(params: Tree, settings: Lora) -> Tree:
       settings: of the adapters.
 
     Returns:
-      The parameters without `adapters`; kernels keep their dtype, sums are float32.
+      The parameters without `adapters`; kernels keep their dtype, sums are float32 at least.
 
     Raises:
-      AdapterError: adapters of another kind, which cannot be merged, or none.
+      AdapterError: there are none, or some of another kind, which cannot be merged.
 
     Example:
       >>> params = {"kernel": jnp.ones((2, 2)), "adapters": {"a": jnp.ones((2, 1)), "b": jnp.full((1, 2), 3.0)}}
@@ -198,7 +45,7 @@ def merge(params: Tree, settings: Lora) -> Tree:
     for path, leaves in modules.items():
         if others := sorted(set(leaves) - set(Lora.names)):
             problems.append(f"{COLLECTION}/{path} has {', '.join(others)}, which is no lora and cannot be merged.")
-        if _kernel_path(path, flat) is None:
+        if _kernel_path(path, flat) not in flat:
             near = ", ".join(paths.nearest(path, flat)) or "none"
             problems.append(f"{COLLECTION}/{path} adapts a module that params do not have; nearest: {near}.")
     if problems:
@@ -209,28 +56,109 @@ def merge(params: Tree, settings: Lora) -> Tree:
     return nest(flat)
 
 
-def _modules(adapters: Tree) -> dict[str, dict[str, Array]]:
+def _modules(adapters: Tree) -> dict[str, Leaves]:
     """Leaves by name, by path of their module."""
-    modules: dict[str, dict[str, Array]] = {}
+    modules: dict[str, Leaves] = {}
     for path, leaf in paths.flatten(adapters).items():
         module, _, name = path.rpartition("/")
         modules.setdefault(module, {})[name] = leaf
     return modules
 
 
-def _kernel_path(module: str, flat: Mapping[str, Any]) -> str | None:
+def _kernel_path(module: str, flat: Mapping[str, Any]) -> str:
+    """The path of the module's matrix; "" where there is none."""
     names = ["/".join(filter(None, (module, leaf))) for leaf in dict.fromkeys(LEAVES.values())]
-    return next((name for name in names if name in flat), None)
+    return next((name for name in names if name in flat), "")
 
 
 def _merged(kernel: Array, scale: float, *, a: Array, b: Array, magnitude: Array | None = None) -> Array:
     n_stack = (a.ndim + b.ndim - 2) - kernel.ndim
-    product = _product
+    multiply = product
     for _ in range(n_stack):
-        product = jax.vmap(product)
-    merged = kernel.astype(jnp.float32) + scale * product(a, b)
+        multiply = jax.vmap(multiply)
+    merged = wide(kernel) + scale * multiply(a, b)
     if magnitude is not None:
         n_inputs = a.ndim - n_stack - 1
-        ratio = magnitude / _length(merged, n_stack, n_inputs)
+        ratio = magnitude / length_of(merged, n_stack, n_inputs)
         merged = merged * jnp.expand_dims(ratio, tuple(range(n_stack, n_stack + n_inputs)))
     return merged.astype(kernel.dtype)
+
+
+def combine(parts: Sequence[tuple[Tree, Lora, float]], *, base: Tree = None) -> tuple[Tree, Lora]:
+    """Several adapters at once, as one: their branches, weighted, are added up.
+
+    `a` and `b` are put side by side along the rank; weights and scales are multiplied into `b`.
+
+    Args:
+      parts: `(params["adapters"], settings, weight)` of each; they may adapt different modules.
+      base: the parameters that they adapt. Only needed where as many layers are stacked as the rank is, so that the
+        shapes do not tell one axis from the other.
+
+    Returns:
+      `(adapters, settings)` to be used, merged or trained on like any other, without dropout.
+
+    Raises:
+      AdapterError: no parts, DoRA (whose branches do not add up), other kinds, or shapes that do not go together.
+
+    Example:
+      >>> one = {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 3))}
+      >>> adapters, settings = combine([(one, Lora([("kernel", 1)], alpha=2), 0.5), (one, Lora([("kernel", 1)]), 1.0)])
+      >>> float(settings.scale(2) * (adapters["a"] @ adapters["b"])[0, 0])
+      17.0
+    """
+    found = [(_modules(adapters), settings, weight) for adapters, settings, weight in parts]
+    flat = {} if base is None else paths.flatten(base)
+    groups = {
+        path: [(modules[path], settings, weight) for modules, settings, weight in found if path in modules]
+        for path in dict.fromkeys(path for modules, _, _ in found for path in modules)
+    }
+    problems, axes = [] if groups else ["there are no adapters; give at least one part."], {}
+    for path, group in groups.items():
+        try:
+            axes[path] = _rank_axis([leaves for leaves, _, _ in group], flat.get(_kernel_path(path, flat)))
+        except AdapterError as error:
+            problems.append(f"{path} {error}")
+    if problems:
+        raise AdapterError.listing("combine", problems)
+    ranks = {path: sum(leaves["a"].shape[-1] for leaves, _, _ in group) for path, group in groups.items()}
+    rules = [("/".join(filter(None, (path, "(kernel|embedding)"))), rank) for path, rank in ranks.items()]
+    settings = Lora([*rules, (".*", None)], alpha=float(max(ranks.values())))
+    joined = {}
+    for path, group in groups.items():
+        a, b = _side_by_side(group, settings.scale(ranks[path]), axes[path])
+        joined.update({"/".join(filter(None, (path, name))): leaf for name, leaf in (("a", a), ("b", b))})
+    return nest(joined), settings
+
+
+def _rank_axis(group: Sequence[Leaves], kernel: Array | None) -> int:
+    """The axis of `b` that is the rank: as many as there are stacked axes."""
+    if any("magnitude" in leaves for leaves in group):
+        raise AdapterError("is DoRA, and its branches do not add up; merge it into the base first.")
+    if wrong := [sorted(leaves) for leaves in group if set(leaves) != {"a", "b"}]:
+        raise AdapterError(f"has the leaves {wrong[0]}; lora's are a and b.")
+    fits = [axis for axis in range(max(leaf.ndim for leaf in group[0].values())) if _is_rank_axis(axis, group, kernel)]
+    if not fits:
+        shapes = "; ".join(f"a {leaves['a'].shape}, b {leaves['b'].shape}" for leaves in group)
+        raise AdapterError(f"has shapes of different modules: {shapes}.")
+    if len(fits) > 1:
+        raise AdapterError("has as many stacked layers as its rank; give base, which tells one from the other.")
+    return fits[0]
+
+
+def _is_rank_axis(axis: int, group: Sequence[Leaves], kernel: Array | None) -> bool:
+    pairs = [(leaves["a"].shape, leaves["b"].shape) for leaves in group]
+    shapes = {(a[:-1], b[:axis] + b[axis + 1 :]) for a, b in pairs}
+    return len(shapes) == 1 and all(
+        axis + 2 <= min(len(a), len(b))
+        and b[axis] == a[-1]
+        and b[:axis] == a[:axis]
+        and (kernel is None or kernel.shape == (*a[:-1], *b[axis + 1 :]))
+        for a, b in pairs
+    )
+
+
+def _side_by_side(group: Sequence[tuple[Leaves, Lora, float]], scale: float, axis: int) -> tuple[Array, Array]:
+    factors = [weight * settings.scale(leaves["a"].shape[-1]) / scale for leaves, settings, weight in group]
+    a = jnp.concatenate([leaves["a"] for leaves, _, _ in group], axis=-1)
+    b = [leaves["b"] * factor for (leaves, _, _), factor in zip(group, factors, strict=True)]
+    return a, jnp.concatenate(b, axis=axis)

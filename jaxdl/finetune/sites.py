@@ -1,12 +1,16 @@
 """The modules of a model that adapters can stand at, found by an abstract call of the model."""
 
+import functools
 import math
+import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+from jax import Array
 
-from jaxdl.paths import flatten
+from jaxdl.paths import Tree, flatten
 
 Shape = tuple[int, ...]
 LEAVES = {nn.Dense: "kernel", nn.DenseGeneral: "kernel", nn.Conv: "kernel", nn.Embed: "embedding"}
@@ -19,7 +23,7 @@ class Site(NamedTuple):
       path: of the module, such as `encoder/layer_0/attention/query`.
       kind: its class.
       leaf: "kernel", "embedding", or None for a module that is no matrix.
-      inputs, outputs: the axes of that leaf over which the module sums (for `nn.Embed` the rows), and those that it makes.
+      inputs, outputs: the axes of that leaf over which the module sums (of `nn.Embed` the rows), and that it makes.
       stack: the axes that `nn.scan` put before those of its parameters.
       output: shape and dtype where it gives a single array, else None.
       problem: why the matrix cannot be adapted, or None.
@@ -122,3 +126,27 @@ def _problem(module: nn.Module) -> str | None:
     if isinstance(module, nn.Conv) and module.mask is not None:
         return "is a masked convolution, and the branch beside it would not be masked"
     return None
+
+
+def key_of(key: Array, path: str) -> Array:
+    """The key of a leaf: a function of the path, so that another target changes nothing here.
+
+    Example:
+      >>> bool((key_of(jax.random.key(0), "a") == key_of(jax.random.key(0), "b")).all())
+      False
+    """
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def nest(flat: Mapping[str, Any]) -> Tree:
+    """Nested dicts of leaves by path.
+
+    Example:
+      >>> nest({"head/a": 1, "head/b": 2})
+      {'head': {'a': 1, 'b': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[name] = leaf
+    return tree
