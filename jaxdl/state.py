@@ -10,7 +10,7 @@ import optax
 
 from jaxdl import paths
 from jaxdl.errors import JaxdlError
-from jaxdl.paths import Rules, Tree
+from jaxdl.paths import RuleError, Rules, Tree
 
 ALL: Rules = ((".*", True),)
 
@@ -22,7 +22,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: int32 scalar, the number of updates made.
-      params: tree of float arrays.
+      params: tree of float arrays; frozen leaves may be integers, such as the codes of a quantised base.
       extra: tree of arrays that the loss updates but no gradient reaches, such as `{"batch_stats": ...}`.
       opt_state: the optimizer's state, made from the trainable half of `params`.
       rng: typed PRNG key; it never changes, a step folds `step` into it.
@@ -41,7 +41,7 @@ def create_state(
     """Makes the state before the first update, with copies of the arrays: a step that donates its state spares yours.
 
     Args:
-      params: tree of float arrays, as `model.init(...)["params"]`.
+      params: tree of float arrays, as `model.init(...)["params"]`; frozen leaves may be integers.
       extra: the other collections of the model, `{}` where there is none.
       tx: an Optax transformation; it is initialised with the trainable leaves only.
       rng: scalar typed key, `jax.random.key(seed)`.
@@ -68,6 +68,7 @@ def split_trainable(params: Tree, trainable: Rules) -> tuple[Tree, Tree]:
 
     Raises:
       JaxdlError: nothing is trainable, a rule value is not a bool, or a trainable leaf is not floating.
+      RuleError: the rules do not fit the tree.
 
     Example:
       >>> split_trainable({"body": jnp.ones(1), "head": jnp.ones(1)}, [("head", True), (".*", False)])[0]["body"]
@@ -75,10 +76,17 @@ def split_trainable(params: Tree, trainable: Rules) -> tuple[Tree, Tree]:
     wrong = [value for _, value in _pairs(trainable) if not isinstance(value, bool)]
     if wrong:
         raise JaxdlError(f"trainable rules have the values {wrong}; each must be True or False.")
-    moving, frozen = paths.split(params, paths.match(trainable, params, what="trainable"))
+    try:
+        moving, frozen = paths.split(params, paths.match(trainable, params, what="trainable"))
+    except RuleError as error:
+        raise RuleError(f"{error}{_tied_hint(params, trainable)}") from None
     flat = paths.flatten(moving)
     if not flat:
-        raise JaxdlError("trainable rules freeze every parameter; nothing would train. Add a rule with value True.")
+        near = ", ".join(list(paths.flatten(params))[:3])
+        raise JaxdlError(
+            "trainable rules freeze every parameter; nothing would train. Add a rule with value True over some of the "
+            f"paths: {near}, ..."
+        )
     integer = [path for path, leaf in flat.items() if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
     if integer:
         raise JaxdlError(f"these trainable leaves are not floating: {integer}; freeze them with (regex, False).")
@@ -87,3 +95,13 @@ def split_trainable(params: Tree, trainable: Rules) -> tuple[Tree, Tree]:
 
 def _pairs(rules: Rules) -> Sequence[tuple[Any, Any]]:
     return [rule for rule in rules if isinstance(rule, (tuple, list)) and len(rule) == 2]
+
+
+def _tied_hint(params: Tree, trainable: Rules) -> str:
+    """A line for rules that look for a head where a language model makes its logits with the token embedding."""
+    flat = paths.flatten(params)
+    tables = [path for path in flat if f"/{path}".endswith("/embed/token/embedding")]
+    wants_head = any("head" in str(regex) for regex, _ in _pairs(trainable))
+    if not tables or not wants_head or any("head" in path for path in flat):
+        return ""
+    return f"\n  - this model has no head of its own: its logits are tied to {tables[0]}; that leaf is the head."

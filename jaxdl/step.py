@@ -3,6 +3,7 @@
 They compose as JAX's own transformations do: `jax.jit(repeat(guard(make_train_step(loss_fn, tx)), 100))`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import optax
 
 from jaxdl import metrics as metrics_lib
 from jaxdl.errors import JaxdlError
+from jaxdl.finetune.statistics import check_statistics, keep_statistics
 from jaxdl.losses import LossFn, LossOut
 from jaxdl.metrics import Mean
 from jaxdl.optim import learning_rate_of, loss_scale_of
@@ -34,8 +36,9 @@ def make_train_step(
     """Makes the function that computes one update; compile it with `jax.jit(step, donate_argnums=0)`.
 
     The parameters are split before they are differentiated, so frozen leaves meet neither the optimizer nor the
-    gradient norm. Sums are divided by the summed weight once, so the result does not depend on how rows are spread
-    over microbatches or devices.
+    gradient norm, and may be integers. The statistics of a frozen module, such as those of BatchNorm, must stay as they
+    are: see `finetune.statistics`. Sums are divided by the summed weight once, so the result does not depend on how
+    rows are spread over microbatches or devices.
 
     Args:
       loss_fn: `(params, extra, batch, rng) -> LossOut`; `rng` is a function of the seed and the step.
@@ -47,10 +50,12 @@ def make_train_step(
     Returns:
       `(state, batch) -> (state, metrics)`. Metrics are the loss and the sums of `loss_fn` as `Mean`s and the like,
       and the bare numbers `grad_norm` (over trainable leaves; 0 where loss scaling skipped an overflow) and, where
-      the optimizer tells them, `learning_rate`, the rate of this update, and `loss_scale`.
+      the optimizer tells them, `learning_rate`, the rate of this update, and `loss_scale`, with `skipped`, the share of
+      updates that overflowed. The function has the attribute `trainable`.
 
     Raises:
-      JaxdlError: microbatches < 1, or at tracing a batch that does not divide.
+      JaxdlError: microbatches < 1, or at tracing a batch that does not divide, or a loss that changes statistics of a
+        frozen module.
 
     Example:
       >>> from jaxdl import create_state, losses
@@ -77,14 +82,17 @@ def make_train_step(
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
 
         def scaled_loss_fn(moving: Tree, extra: Tree, batch: Any, rng: Array) -> tuple[Array, LossOut]:
-            out = loss_fn(merge(moving, frozen), extra, batch, rng)
+            params = merge(moving, frozen)
+            out = loss_fn(params, extra, batch, rng)
             out = out._replace(extra=extra if out.extra is None else out.extra)
+            check_statistics(params, extra, out.extra, trainable)
             return out.total if scale is None else out.total * scale, out
 
         grads, out = _accumulate(scaled_loss_fn, moving, state.extra, batch, rng, microbatches)
         if axis_name is not None:
             grads, total, weight, sums = jax.lax.psum((grads, out.total, out.weight, out.sums), axis_name)
-            out = LossOut(total, weight, sums, jax.lax.pmean(out.extra, axis_name))
+            extra = keep_statistics(state.params, state.extra, jax.lax.pmean(out.extra, axis_name), trainable)
+            out = LossOut(total, weight, sums, extra)
         divisor = jnp.where(out.weight == 0, 1.0, out.weight)
         grads = jax.tree.map(lambda g: g / (divisor if scale is None else divisor * scale).astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, moving, value=out.total / divisor)
@@ -96,6 +104,7 @@ def make_train_step(
         )
         return new_state, _step_metrics(out, grads, opt_state)
 
+    train_step.trainable = trainable  # type: ignore[attr-defined]
     return train_step
 
 
@@ -127,14 +136,18 @@ def _cut(x: Array, n: int) -> Array:
 
 def _step_metrics(out: LossOut, grads: Tree, opt_state: Tree) -> dict[str, Any]:
     rate, scale, norm = learning_rate_of(opt_state), loss_scale_of(opt_state), optax.tree.norm(grads)
+    skipped = {}
     if scale is not None:  # an overflow is that wrapper's daily business: it skips the update
-        norm = jnp.where(jnp.isfinite(norm), norm, 0.0)
+        is_good = jnp.isfinite(norm)
+        skipped = {"skipped": Mean(1.0 - is_good.astype(jnp.float32), jnp.float32(1))}
+        norm = jnp.where(is_good, norm, 0.0)
     return {
         "loss": Mean(out.total, out.weight),
         **out.sums,
         "grad_norm": norm,
         **({} if rate is None else {"learning_rate": rate}),
         **({} if scale is None else {"loss_scale": scale}),
+        **skipped,
     }
 
 
@@ -187,6 +200,7 @@ def repeat(step: Step, n: int) -> Step:
     if n < 1:
         raise JaxdlError(f"repeat n={n} must be at least 1.")
 
+    @functools.wraps(step)
     def repeated(state: TrainState, batches: Any) -> tuple[TrainState, dict[str, Any]]:
         wrong = {path: leaf.shape for path, leaf in flatten(batches).items() if leaf.shape[:1] != (n,)}
         if wrong:
@@ -239,6 +253,7 @@ def guard(step: Step, policy: str = "stop") -> Step:
     if policy not in ("stop", "skip"):
         raise JaxdlError(f"guard policy={policy!r} must be 'stop' or 'skip'.")
 
+    @functools.wraps(step)
     def stop(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         new, metrics = step(state, batch)
         is_held = state.step < 0
@@ -246,11 +261,13 @@ def guard(step: Step, policy: str = "stop") -> Step:
         held = state.replace(step=jnp.where(is_held, state.step, ~state.step))
         return _where(good, new, held), metrics
 
+    @functools.wraps(step)
     def skip(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         new, metrics = step(state, batch)
         good = is_finite(metrics)
         kept = {name: _harmless(value, good) for name, value in metrics.items()}
-        skipped = Mean(1.0 - good.astype(jnp.float32), jnp.float32(1))
+        overflow = metrics["skipped"].total if "skipped" in metrics else 0.0  # that loss scaling has skipped itself
+        skipped = Mean(jnp.maximum(1.0 - good.astype(jnp.float32), overflow), jnp.float32(1))
         return _where(good, new, state.replace(step=new.step)), {**kept, "skipped": skipped}
 
     return stop if policy == "stop" else skip

@@ -6,9 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxdl.finetune.statistics import freeze_statistics
 from jaxdl.losses import LossFn, LossOut
 from jaxdl.objectives import Objective
-from jaxdl.paths import Tree
+from jaxdl.paths import Rules, Tree
+from jaxdl.state import ALL
 
 Array = jax.Array
 
@@ -46,7 +48,9 @@ def select_inputs(batch: Mapping[str, Any], inputs: str | Sequence[str]) -> tupl
     return batch[first], {name: batch[name] for name in others if name in batch}
 
 
-def make_loss_fn(model: nn.Module, objective: Objective, *, inputs: str | Sequence[str], train: bool) -> LossFn:
+def make_loss_fn(
+    model: nn.Module, objective: Objective, *, inputs: str | Sequence[str], train: bool, trainable: Rules = ALL
+) -> LossFn:
     """Makes the `loss_fn` of a Linen module that is called as `model(inputs, train=...)`.
 
     Args:
@@ -55,6 +59,8 @@ def make_loss_fn(model: nn.Module, objective: Objective, *, inputs: str | Sequen
       inputs: the key of the batch that the model takes, such as `"image"`; or several, such as `("tokens", "mask")`:
         the first is positional, the others are keyword arguments, each where the batch has it.
       train: passed on to the model.
+      trainable: the rules given to `make_train_step`; BatchNorm in a frozen module then uses its averages and keeps
+        them, see `freeze_statistics`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,4 +84,4 @@ def make_loss_fn(model: nn.Module, objective: Objective, *, inputs: str | Sequen
         outputs, changed = model.apply(variables, first, **others, train=True, rngs={"dropout": rng}, mutable=mutable)
         return objective(outputs, batch)._replace(extra=dict(changed) if mutable else None)
 
-    return loss_fn
+    return freeze_statistics(loss_fn, trainable) if train else loss_fn
