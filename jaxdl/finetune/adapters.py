@@ -42,7 +42,7 @@ class Call(NamedTuple):
     trace: "Trace"
 
     def read(self, names: Sequence[str]) -> dict[str, Array]:
-        """The adapter leaves of these names that the module has; they count as read."""
+        """The adapter leaves of these names; none where the module lacks the first. They count as read."""
         if not self.module.has_variable(COLLECTION, names[0]):
             return {}
         found = {name: self.module.get_variable(COLLECTION, name) for name in names}
@@ -56,7 +56,7 @@ class Kind(Protocol):
 
     Attributes:
       order: kinds of a higher order see the output of those of a lower one.
-      names: of its leaves at a module; every module that it adapts has the first.
+      names: of its leaves at a module.
     """
 
     order: ClassVar[int]
@@ -201,8 +201,13 @@ class AdaptedModel:
         """See `adapted`."""
         return adapted(self.model.apply, self.settings)(variables, *args, **kwargs)
 
+    @property
+    def slot_ids(self) -> range:
+        """Ids that the model reads beside its tokens, see `prompts.Slots`."""
+        return next((kind.slot_ids for kind in _kinds(self.settings) if hasattr(kind, "slot_ids")), range(0))
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or name == "model":  # copy and pickle ask before there is a model
             raise AttributeError(name)
         return getattr(self.model, name)
 

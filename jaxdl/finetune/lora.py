@@ -13,7 +13,7 @@ from jax import Array
 from jaxdl import paths
 from jaxdl.finetune.adapters import COLLECTION, AdapterError, add
 from jaxdl.finetune.low_rank import Lora, length_of, product, wide
-from jaxdl.finetune.sites import LEAVES, nest
+from jaxdl.finetune.sites import LEAVES, join, nest
 from jaxdl.paths import Tree
 
 __all__ = ["Lora", "add", "combine", "merge"]
@@ -67,7 +67,7 @@ def _modules(adapters: Tree) -> dict[str, Leaves]:
 
 def _kernel_path(module: str, flat: Mapping[str, Any]) -> str:
     """The path of the module's matrix; "" where there is none."""
-    names = ["/".join(filter(None, (module, leaf))) for leaf in dict.fromkeys(LEAVES.values())]
+    names = [join(module, leaf) for leaf in dict.fromkeys(LEAVES.values())]
     return next((name for name in names if name in flat), "")
 
 
@@ -121,12 +121,12 @@ def combine(parts: Sequence[tuple[Tree, Lora, float]], *, base: Tree = None) -> 
     if problems:
         raise AdapterError.listing("combine", problems)
     ranks = {path: sum(leaves["a"].shape[-1] for leaves, _, _ in group) for path, group in groups.items()}
-    rules = [("/".join(filter(None, (path, "(kernel|embedding)"))), rank) for path, rank in ranks.items()]
+    rules = [(join(path, "(kernel|embedding)"), rank) for path, rank in ranks.items()]
     settings = Lora([*rules, (".*", None)], alpha=float(max(ranks.values())))
     joined = {}
     for path, group in groups.items():
         a, b = _side_by_side(group, settings.scale(ranks[path]), axes[path])
-        joined.update({"/".join(filter(None, (path, name))): leaf for name, leaf in (("a", a), ("b", b))})
+        joined.update({join(path, name): leaf for name, leaf in (("a", a), ("b", b))})
     return nest(joined), settings
 
 

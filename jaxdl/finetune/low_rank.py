@@ -5,7 +5,7 @@ A module of kernel W gets `a` (inputs..., r) and `b` (r, outputs...): it multipl
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from jax import Array
 
 from jaxdl import paths
 from jaxdl.finetune.adapters import AdapterError, Call, base_leaf, kernel_of
-from jaxdl.finetune.sites import LEAVES, Site, Survey, key_of
+from jaxdl.finetune.sites import LEAVES, Site, Survey, join, key_of
 from jaxdl.models.checks import count_problem, rate_problem
 from jaxdl.paths import Rules, Tree
 
@@ -70,16 +70,17 @@ class Lora:
     def init(self, key: Array, survey: Survey, params: Tree) -> dict[str, Array]:
         """As PEFT draws: `a` uniform within 1 / sqrt(inputs), `b` zero; for embeddings `a` zero, `b` normal."""
         ranks = {path: rank for path, rank in self._ranks(survey.leaves).items() if rank is not None}
-        sites = {path: survey.sites.get(path.rpartition("/")[0]) for path in ranks}
-        problems = [f"{path} {problem}" for path in ranks for problem in self._problems(sites[path], ranks[path])]
-        if problems:
-            raise AdapterError.listing("lora", problems)
+        modules = {path: path.rpartition("/")[0] for path in ranks}
+        problems = [(path, self._problem(survey.sites.get(modules[path]), rank)) for path, rank in ranks.items()]
+        if found := [f"{path} {problem}" for path, problem in problems if problem]:
+            raise AdapterError.listing("lora", found)
         flat = {}
-        for path, site in sites.items():
-            leaves = _fresh(key, site, ranks[path])
+        for path, rank in ranks.items():
+            site = survey.sites[modules[path]]
+            leaves = _fresh(key, site, rank)
             if self.has_magnitude:
                 leaves["magnitude"] = length_of(base_leaf(params, path), len(site.stack), len(site.inputs))
-            flat.update({"/".join(filter(None, (site.path, name))): leaf for name, leaf in leaves.items()})
+            flat.update({join(site.path, name): leaf for name, leaf in leaves.items()})
         return flat
 
     def _ranks(self, leaves: Mapping[str, Any]) -> dict[str, int | None]:
@@ -96,18 +97,19 @@ class Lora:
             raise AdapterError.listing("lora: rules speak of kernels and embeddings", strays)
         return paths.match(self.rules, {path: path for path in domain}, what="lora")
 
-    def _problems(self, site: Site | None, rank: int) -> Iterator[str]:
+    def _problem(self, site: Site | None, rank: int) -> str | None:
         if site is None:
-            yield "is of a module that this call of the model does not reach; exempt it by (regex, None)."
-        elif site.leaf is None:
+            return "is of a module that this call of the model does not reach; exempt it by (regex, None)."
+        if site.leaf is None:
             known = ", ".join(f"nn.{kind.__name__}" for kind in LEAVES)
-            yield f"is of {site.kind.__name__}; lora adapts {known}. Exempt it by (regex, None)."
-        elif site.problem:
-            yield f"{site.problem}; exempt it by (regex, None)."
-        elif rank > site.largest_rank:
-            yield f"has rank {site.largest_rank} at most, less than {rank}; use a smaller rank or exempt it."
-        elif self.has_magnitude and site.leaf == "embedding":
-            yield "is an embedding, and DoRA has none; exempt it by (regex, None), or use has_magnitude=False."
+            return f"is of {site.kind.__name__}; lora adapts {known}. Exempt it by (regex, None)."
+        if site.problem:
+            return f"{site.problem}; exempt it by (regex, None)."
+        if rank > site.largest_rank:
+            return f"has rank {site.largest_rank} at most, less than {rank}; use a smaller rank or exempt it."
+        if self.has_magnitude and site.leaf == "embedding":
+            return "is an embedding, and DoRA has none; exempt it by (regex, None), or use has_magnitude=False."
+        return None
 
     def run(self, call: Call, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The module's output and that of the branch."""
@@ -137,7 +139,8 @@ def _fresh(key: Array, site: Site, rank: int) -> dict[str, Array]:
 
 def _branch(call: Call, x: Array, a: Array, b: Array, scale: float) -> Array:
     """The output of the branch: `scale * (x a) b`, where the module says what its product with `a` is."""
-    module, last = call.module, b
+    module: Any = call.module
+    last = b
     if isinstance(module, nn.Embed) and call.method == "attend":  # x times the transposed table
         low, last = jnp.tensordot(x.astype(b.dtype), b.T, 1), a.T
     elif isinstance(module, nn.Embed):

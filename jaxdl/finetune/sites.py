@@ -26,6 +26,7 @@ class Site(NamedTuple):
       inputs, outputs: the axes of that leaf over which the module sums (of `nn.Embed` the rows), and that it makes.
       stack: the axes that `nn.scan` put before those of its parameters.
       output: shape and dtype where it gives a single array, else None.
+      has_params: of its own or below it; without, `stack` is not known.
       problem: why the matrix cannot be adapted, or None.
     """
 
@@ -36,6 +37,7 @@ class Site(NamedTuple):
     outputs: Shape
     stack: Shape
     output: jax.ShapeDtypeStruct | None
+    has_params: bool
     problem: str | None
 
     @property
@@ -100,7 +102,7 @@ def _site(path: str, module: nn.Module, shapes: dict[str, Shape], output: Any, l
     stack: Shape = ()
     problem = None
     for name, shape in shapes.items():
-        outer = tuple(leaves["/".join(filter(None, (path, name)))].shape)
+        outer = tuple(leaves[join(path, name)].shape)
         stack = outer[: len(outer) - len(shape)]
         if outer != (*stack, *shape):
             problem = f"is stacked along another axis than the first ({shape} became {outer})"
@@ -109,7 +111,7 @@ def _site(path: str, module: nn.Module, shapes: dict[str, Shape], output: Any, l
     inputs, outputs = (shapes[leaf][:n], shapes[leaf][n:]) if leaf else ((), ())
     single = output if hasattr(output, "shape") and hasattr(output, "dtype") else None
     single = None if single is None else jax.ShapeDtypeStruct(single.shape, single.dtype)
-    return Site(path, type(module), leaf, inputs, outputs, stack, single, problem or _problem(module))
+    return Site(path, type(module), leaf, inputs, outputs, stack, single, bool(shapes), problem or _problem(module))
 
 
 def _n_inputs(module: nn.Module, n_axes: int) -> int:
@@ -150,3 +152,13 @@ def nest(flat: Mapping[str, Any]) -> Tree:
         *parents, name = path.split("/")
         functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[name] = leaf
     return tree
+
+
+def join(module: str, name: str) -> str:
+    """The path of a leaf of a module, whose own path is "" where it is the whole model.
+
+    Example:
+      >>> join("head", "kernel"), join("", "kernel")
+      ('head/kernel', 'kernel')
+    """
+    return f"{module}/{name}" if module else name
