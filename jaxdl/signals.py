@@ -13,7 +13,8 @@ class StopFlag:
     """Turns the first SIGTERM or Ctrl-C into a flag while the context is open.
 
     Python answers a signal between two of its own instructions: during a compilation the flag goes up when that ends. A
-    second Ctrl-C ends the process the usual way. Outside the main thread signals cannot be caught; the flag stays down.
+    second Ctrl-C ends the process the usual way. A flag opened inside another begins as that stands. Outside the main
+    thread signals cannot be caught; the flag stays down.
 
     Attributes:
       name: `"SIGTERM"` or `"SIGINT"` once one has arrived, else None.
@@ -32,6 +33,8 @@ class StopFlag:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._raise_flag) for number in _STOP_SIGNALS}
+            outer = [getattr(handler, "__self__", None) for handler in self._previous.values()]
+            self.name = self.name or next((flag.name for flag in outer if isinstance(flag, StopFlag)), None)
         return self
 
     def __exit__(

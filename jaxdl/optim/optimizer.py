@@ -10,6 +10,7 @@ import optax
 from jaxdl.errors import JaxdlError
 from jaxdl.optim.averages import ema
 from jaxdl.optim.catalog import Tx, build, options_of
+from jaxdl.optim.clipping import clip_by_norm_of_all
 from jaxdl.optim.learning_rate import Rate, with_learning_rate
 from jaxdl.optim.regularize import add_l1, add_l2, decoupled_weight_decay, proximal_l1
 from jaxdl.optim.rules import scale_by_rules
@@ -103,7 +104,7 @@ def make_optimizer(
         lr_scale = optax.identity() if lr_scale_rules is None else scale_by_rules(lr_scale_rules)
         steps = [
             optax.clip(clip_value) if clip_value else None,
-            optax.clip_by_global_norm(clip_norm) if clip_norm else None,
+            clip_by_norm_of_all(clip_norm, clip_value=clip_value) if clip_norm else None,
             add_l2(l2, l2_rules) if l2 else None,
             add_l1(l1, l1_rules) if l1 and not prox else None,
             build(name, rate, decay, lr_scale, options),
