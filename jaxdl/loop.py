@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxdl import metrics as metrics_lib
-from jaxdl import nonfinite
+from jaxdl import nonfinite, zero_gradient
 from jaxdl.compilation import Compiled
 from jaxdl.early_stopping import EarlyStopping, Patience
 from jaxdl.errors import JaxdlError
 from jaxdl.evaluation import Evaluator
 from jaxdl.feed import Feed, make_feed
 from jaxdl.losses import LossFn
+from jaxdl.paths import Rules
 from jaxdl.signals import StopFlag
 from jaxdl.state import TrainState
 from jaxdl.step import Step
@@ -116,6 +118,7 @@ def fit(
     Raises:
       JaxdlError: arguments that make no sense, all at once.
       NonFiniteError: a guarded step met a NaN or an infinity; the state before it has been saved.
+      ZeroGradientError: the gradient of the run's first step is exactly zero, so nothing would train.
       RetraceError: a batch changed its shape or dtype.
     """
     _check_fit(steps, eval_every, checkpoint_every, log_every, steps_per_call, stop_at, mesh, data)
@@ -133,6 +136,7 @@ def fit(
         checkpoint_every=checkpoint_every or steps,
         writers=list(writers),
         log=StepLog(log_every, feed.packing),
+        trainable=getattr(train_step, "trainable", None),
         progress=progress,
         patience=Patience(early_stopping),
         profile=profile,
@@ -189,6 +193,7 @@ class _Loop:
     checkpoint_every: int
     writers: list[Any]
     log: StepLog
+    trainable: Rules | None
     progress: Any
     patience: Patience
     profile: Profile | None
@@ -214,6 +219,8 @@ class _Loop:
                 self.state, vectors = self.feed.call(self.state, step, n)
                 if step == first:
                     self._first_step(self.feed.program(n), start)
+                if step == 0:
+                    self._check_gradient(vectors)
                 self.log.push(step, vectors)
                 step += n
                 stopped_by = self._after(step, n, stop) or stop.name
@@ -263,6 +270,12 @@ class _Loop:
         self.timing.compile_s, self.timing.is_cached = compiled.compile_s or 0.0, compiled.is_cached
         source = "read from the compile cache" if compiled.is_cached else "compiled"
         self._note(f"{self.feed.description}; step {source} in {self.timing.compile_s:.1f} s")
+
+    def _check_gradient(self, vectors: jax.Array) -> None:
+        """Of the very first step of the run, which has ended."""
+        metrics = self.feed.packing.unpack(np.atleast_2d(np.asarray(vectors))[0])
+        if zero_gradient.is_zero(metrics):
+            raise zero_gradient.explain(metrics, self.state, self.loss_fn, self.data[0], self.trainable)
 
     def _after(self, step: int, n: int, stop: StopFlag) -> str | None:
         if self.progress is not None:
