@@ -22,10 +22,13 @@ class Names(NamedTuple):
       prefix: of the backbone's tensors in a model with a head (`bert.`), which a bare backbone's file lacks. Maps are
         written with it.
       renames: `(old, new)` parts of names that older files use: `("LayerNorm.gamma", "LayerNorm.weight")`.
+      memory: `(name in memory, name in files)` parts, where transformers calls its modules otherwise than the tensors
+        in files, as PEFT's files do; they belong in `renames` too.
     """
 
     prefix: str = ""
     renames: tuple[tuple[str, str], ...] = ()
+    memory: tuple[tuple[str, str], ...] = ()
 
 
 NO_NAMES = Names()
@@ -86,7 +89,7 @@ def plan_import(
     kept, dead = claim(fresh, flat, what="fresh rule")
     ignored = [name for name in tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in lines.ignored)]
     offered = [name for name in tensors if name not in dropped and name not in ignored]
-    actual, doubled = _known_by(offered, lines.known, names)
+    actual, doubled = known_by(offered, lines.known, names)
     for tie in lines.tied:  # a file may hold the second name only
         if tie.source not in actual and tie.tensor in actual:
             actual[tie.source] = actual.pop(tie.tensor)
@@ -103,7 +106,7 @@ def plan_import(
     return Plan(needed, actual, tuple(kept), left_out, tuple(ignored)), problems
 
 
-def _known_by(offered: Sequence[str], known: set[str], names: Names) -> tuple[dict[str, str], list[str]]:
+def known_by(offered: Sequence[str], known: set[str], names: Names) -> tuple[dict[str, str], list[str]]:
     """`{name in the map: name in the file}`, with the prefix and the present spelling put in."""
     actual: dict[str, str] = {}
     problems = []
@@ -172,7 +175,7 @@ def _misfits(
         if any(path not in flat for path in entry.paths):
             continue
         try:
-            shape = _tensor_shape(entry, flat)
+            shape = tensor_shape(entry, flat)
         except ValueError as error:
             leaf = f"{entry.paths[0]} {_spec(flat[entry.paths[0]])}"
             problems.append(f"{entry.tensors[0]} cannot become {leaf} by {entry.transform.name}: {error}.")
@@ -213,7 +216,7 @@ def _spec(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def _tensor_shape(entry: Entry, flat: Mapping[str, Any]) -> tuple[int, ...]:
+def tensor_shape(entry: Entry, flat: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape of each tensor of an entry."""
     shapes = [entry.transform.tensor_shape(shape) for shape in part_shapes(entry, flat)]
     if len(entry.paths) == 1:

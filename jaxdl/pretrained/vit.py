@@ -221,7 +221,7 @@ VIT = Family(
     to_config=_to_config,
     entries=_entries,
     inputs=_inputs,
-    names=Names(prefix="vit.", renames=_NEW_NAMES),
+    names=Names(prefix="vit.", renames=_NEW_NAMES, memory=_NEW_NAMES),
     bare="ViTModel",
     their_outputs=_their_outputs,
     zero_gradients=(r".*/attention/key/bias",),
