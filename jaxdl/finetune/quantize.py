@@ -1,0 +1,294 @@
+"""A frozen base in 8 or 4 bits: matrices as codes, made whole one layer at a time.
+
+A quantised leaf is a `Quantized` node in the place of the array, so that `.../kernel` becomes `.../kernel/codes` and
+`.../kernel/absmax`, and rules such as `".*"` or `"encoder/.*"` still cover it. Both are whole numbers: no rule can
+train them by mistake, and no cast to bfloat16 reaches them.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxdl import paths
+from jaxdl.errors import JaxdlError
+from jaxdl.paths import Rules, Tree, nearest
+
+BLOCK = 64
+SMALLEST_BLOCK = 8
+KINDS = ("int8", "nf4", "bfloat16")
+NAMES = ("kernel", "embedding")
+
+# 4-bit NormalFloat: quantiles of a normal distribution, scaled to [-1, 1] (Dettmers et al. 2023, appendix E).
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+class Quantized(flax.struct.PyTreeNode):
+    """A matrix in blocks along its last axis, each with its largest absolute value. The dtype of the codes is the kind.
+
+    Leading axes are those of the matrix, so a stack of layers can be sliced by `nn.scan`.
+
+    Attributes:
+      codes: int8 (..., n): the value is `codes / 127` of the block's largest; or, for NF4, uint8 (..., n / 2): two
+        numbers of values in `NF4`, the first in the high four bits.
+      absmax: uint32 (..., n / block), the bits of the float32 largest absolute value of each block.
+    """
+
+    codes: Array
+    absmax: Array
+
+    @property
+    def kind(self) -> str:
+        """ "int8" or "nf4"."""
+        return "int8" if self.codes.dtype == jnp.int8 else "nf4"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix."""
+        *leading, last = self.codes.shape
+        return (*leading, last if self.kind == "int8" else 2 * last)
+
+
+def quantize(params: Tree, rules: Rules) -> Tree:
+    """Replaces kernels and embeddings by 8- or 4-bit codes; a leaf costs 1 + 4/64 or 0.5 + 4/64 bytes a number.
+
+    Blocks have 64 numbers (QLoRA's size), or the largest power of two below that divides the last axis.
+
+    Args:
+      params: a tree of arrays, concrete or abstract under `jax.eval_shape`.
+      rules: `(regex, kind)` over the paths of `params`. "int8": the nearest of 255 even steps. "nf4": the nearest of
+        16 steps that suit normally distributed numbers (Dettmers et al. 2023, section 3). "bfloat16": a plain cast.
+        None: left as it is.
+
+    Returns:
+      The tree with `Quantized` nodes. A loss reads it through `with_quantized` or `adapters.with_adapters`.
+
+    Raises:
+      JaxdlError: an unknown kind, or a rule that hits what cannot be quantised: all problems at once.
+      RuleError: the rules do not fit the tree.
+
+    Example:
+      >>> params = {"dense": {"kernel": jnp.ones((3, 64)), "bias": jnp.zeros(64)}}
+      >>> small = quantize(params, [(".*/kernel", "nf4"), (".*", None)])
+      >>> {path: leaf.shape for path, leaf in paths.flatten(small).items()}
+      {'dense/bias': (64,), 'dense/kernel/codes': (3, 32), 'dense/kernel/absmax': (3, 1)}
+    """
+    keys_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    kinds = treedef.flatten_up_to(paths.match(rules, params, what="quantize"))
+    named = [(paths.path_of(keys), leaf, kind) for (keys, leaf), kind in zip(keys_and_leaves, kinds, strict=True)]
+    problems = [problem for path, leaf, kind in named if (problem := _problem(path, leaf, kind))]
+    if problems:
+        raise JaxdlError.listing("quantize", problems)
+    return treedef.unflatten([_encode(leaf, kind) for _, leaf, kind in named])
+
+
+def _problem(path: str, leaf: Any, kind: Any) -> str | None:
+    if kind is None:
+        return None
+    if kind not in KINDS:
+        near = " or ".join(repr(name) for name in nearest(str(kind), KINDS, n=2))
+        return f"{path} has the kind {kind!r}, which is unknown; did you mean {near}? None leaves a leaf as it is."
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"{path} is {leaf.dtype}; only floating leaves can be quantised. Give it None."
+    if kind == "bfloat16":
+        return None
+    if path.startswith("adapters/"):
+        return f"{path} belongs to an adapter, which trains, and codes cannot. Put ('adapters/.*', None) first."
+    if path.rpartition("/")[2] not in NAMES or len(leaf.shape) < 2:
+        return f"{path} {list(leaf.shape)} is no matrix named kernel or embedding. Give it None or 'bfloat16'."
+    if (block := _block(leaf.shape[-1])) < SMALLEST_BLOCK:
+        rule = f"it must be a multiple of {SMALLEST_BLOCK}"
+        return f"{path} has a last axis of {leaf.shape[-1]}, in blocks of {block}; {rule}. Give it None or 'bfloat16'."
+    return None
+
+
+def _block(n: int) -> int:
+    return min(BLOCK, n & -n)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _encode(leaf: Array, kind: str | None) -> Any:
+    if kind is None or kind == "bfloat16":
+        return leaf if kind is None else leaf.astype(jnp.bfloat16)
+    blocks = leaf.astype(jnp.float32).reshape(*leaf.shape[:-1], -1, _block(leaf.shape[-1]))
+    absmax = jnp.max(jnp.abs(blocks), axis=-1)
+    unit = (blocks / jnp.where(absmax == 0, 1.0, absmax)[..., None]).reshape(leaf.shape)
+    if kind == "int8":
+        codes = jnp.round(unit * 127).astype(jnp.int8)
+    else:
+        steps = jnp.asarray(NF4)
+        nearest_step = jnp.searchsorted((steps[1:] + steps[:-1]) / 2, unit).astype(jnp.uint8)
+        codes = nearest_step[..., 0::2] << 4 | nearest_step[..., 1::2]
+    return Quantized(codes, jax.lax.bitcast_convert_type(absmax, jnp.uint32))
+
+
+def dequantize(tree: Tree, dtype: Any = jnp.float32) -> Tree:
+    """Makes plain arrays of all `Quantized` nodes; other leaves stay as they are.
+
+    Args:
+      tree: a tree, or one node.
+      dtype: of the arrays made.
+
+    Example:
+      >>> params = {"kernel": jnp.array([[-2.0, 0.5, 0, 0, 0, 0, 0, 1.0]])}
+      >>> [round(float(x), 2) for x in dequantize(quantize(params, [("kernel", "nf4")]))["kernel"][0]]
+      [-2.0, 0.49, 0.0, 0.0, 0.0, 0.0, 0.0, 0.88]
+    """
+    return jax.tree.map(lambda x: _decode(x, dtype) if _is_quantized(x) else x, tree, is_leaf=_is_quantized)
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, Quantized)
+
+
+def _decode(leaf: Quantized, dtype: Any) -> Array:
+    absmax, codes, shape = jax.lax.bitcast_convert_type(leaf.absmax, jnp.float32), leaf.codes, leaf.shape
+    if leaf.kind == "int8":
+        values, absmax = codes.astype(jnp.float32), absmax / 127
+    else:
+        pairs = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(shape)
+        values = jnp.asarray(NF4).at[pairs].get(mode="promise_in_bounds")
+    blocks = values.reshape(*absmax.shape, -1) * absmax[..., None]
+    return blocks.reshape(shape).astype(dtype)
+
+
+def bytes_held(tree: Tree) -> int:
+    """The bytes of all leaves, concrete or abstract.
+
+    Example:
+      >>> bytes_held(quantize({"kernel": jnp.ones((64, 64))}, [(".*", "nf4")])) / 64**2
+      0.5625
+    """
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def with_quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a function read a quantised base: a loss, or anything else that applies Linen modules.
+
+    Args:
+      fn: such as a `loss_fn`, or `model.apply`. Wrap it before `jax.jit`.
+
+    Example:
+      >>> model = nn.Dense(64)
+      >>> params = quantize({"kernel": jnp.ones((3, 64)), "bias": jnp.ones(64)}, [("kernel", "int8"), ("bias", None)])
+      >>> float(with_quantized(model.apply)({"params": params}, jnp.ones((1, 3)))[0, 0])
+      4.0
+    """
+
+    @functools.wraps(fn)
+    def reads_quantized(*args: Any, **kw: Any) -> Any:
+        with nn.intercept_methods(run_quantized):
+            return fn(*args, **kw)
+
+    return reads_quantized
+
+
+def run_quantized(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    """The interceptor of `with_quantized`: a module whose kernel or embedding is quantised gets the plain one.
+
+    The plain one is forgotten after the call and made again in the backward pass, so no two modules need theirs at
+    once. It has the module's dtype, or that of its input where the module has none. An `nn.Embed` looks up the codes of
+    its rows first. Gradients work in reverse mode only.
+    """
+    module, method = context.module, context.method_name
+    held = {name: value for name in NAMES if (value := _variable(module, name)) is not None}
+    if not any(map(_is_quantized, held.values())):
+        return next_fn(*args, **kwargs)
+    if isinstance(module, nn.Embed):
+        return _run_embed(module, method, held["embedding"], args)
+    if method == "setup":
+        return next_fn()
+    return _run_plain(module, method, args, kwargs)
+
+
+def _variable(module: nn.Module, name: str) -> Any:
+    is_there = module.scope is not None and module.has_variable("params", name)
+    return module.get_variable("params", name) if is_there else None
+
+
+def _run_plain(module: nn.Module, method: str, args: Any, kwargs: Any) -> Any:
+    bare, own = module.clone(parent=None), getattr(module, "dtype", None)
+    dtype = jnp.result_type(args[0]) if own is None else own
+    given, treedef = jax.tree.flatten((args, kwargs))
+    arrays = {str(i): x for i, x in enumerate(given) if isinstance(x, (jax.Array, np.ndarray))}
+
+    def apply(params: Tree, arrays: Tree, after: Any) -> Any:
+        args, kwargs = treedef.unflatten([arrays.get(str(i), x) for i, x in enumerate(given)])
+        return bare.apply({"params": dequantize(_wait(params, after), dtype)}, *args, **kwargs, method=method)
+
+    return _forgetful(apply)(dict(module.variables["params"]), arrays)
+
+
+def _forgetful(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply(params, arrays, after)`, as `jax.checkpoint` would run it, where `after` is what must be there before."""
+
+    @jax.custom_vjp
+    def run(params: Tree, arrays: Tree) -> Any:
+        return apply(params, arrays, arrays)
+
+    def forward(params: Tree, arrays: Tree) -> Any:
+        return run(params, arrays), (params, arrays)
+
+    def backward(saved: Any, cotangent: Any) -> Any:
+        saved, cotangent = jax.lax.optimization_barrier((saved, cotangent))
+        floats, rest = paths.split(saved, jax.tree.map(lambda x: bool(jnp.issubdtype(x.dtype, jnp.inexact)), saved))
+        _, pull = jax.vjp(lambda floats: apply(*paths.merge(floats, rest), cotangent), floats)
+        return pull(cotangent)[0]
+
+    run.defvjp(forward, backward)
+    return run
+
+
+def _wait(params: Tree, after: Any) -> Tree:
+    """On a CPU, makes the codes depend on an array.
+
+    XLA:CPU drops barriers and starts with whatever can be computed from the arguments alone: all layers' matrices. It
+    cannot know that no number is on both sides of zero.
+    """
+    first = next((x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.inexact) and x.size), None)
+    if first is None or jax.default_backend() != "cpu":
+        return params
+    number = first.reshape(-1)[0]
+    never = (number > 0) & (number < 0)
+
+    def wait(leaf: Any) -> Any:
+        return leaf.replace(codes=jnp.where(never, 0, leaf.codes)) if _is_quantized(leaf) else leaf
+
+    return jax.tree.map(wait, params, is_leaf=_is_quantized)
+
+
+def _run_embed(module: nn.Embed, method: str, table: Quantized, args: Any) -> Any:
+    if method == "setup":  # for tied logits that read the table itself; unused, it is never computed under jit
+        module.embedding = dequantize(table)
+        return None
+    if method != "__call__":
+        return _run_plain(module, method, args, {})
+    ids = args[0]
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise JaxdlError(f"{module.name} got {ids.dtype} tokens; they must be integers.")
+    rows = jax.tree.map(lambda x: jnp.take(x, ids, axis=0), table)  # beyond the table absmax is all ones: a NaN
+    return dequantize(rows, jnp.float32 if module.dtype is None else module.dtype)
