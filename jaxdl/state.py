@@ -93,6 +93,34 @@ def split_trainable(params: Tree, trainable: Rules) -> tuple[Tree, Tree]:
     return moving, frozen
 
 
+def check_opt_state(tx: optax.GradientTransformation, opt_state: Tree, moving: Tree) -> None:
+    """Refuses an optimizer state that was made for other leaves than those that train.
+
+    Args:
+      tx: the transformation.
+      opt_state: its state.
+      moving: the trainable half of the parameters.
+
+    Raises:
+      JaxdlError: the leaves that only one of them has.
+
+    Example:
+      >>> tx = optax.trace(0.9)
+      >>> check_opt_state(tx, tx.init({"body": None, "head": jnp.ones(1)}), {"body": jnp.ones(1), "head": jnp.ones(1)})
+      Traceback (most recent call last):
+      jaxdl.errors.JaxdlError: the optimizer state was made for other trainable leaves: 1 problem(s)
+        - trace/body trains and is not in the state; give create_state and make_train_step the same rules.
+    """
+    had, wanted = paths.flatten(opt_state), paths.flatten(jax.eval_shape(tx.init, moving))
+    problems = [f"{path} trains and is not in the state" for path in wanted if path not in had]
+    problems += [f"{path} is in the state and does not train" for path in had if path not in wanted]
+    if problems:
+        more = f" (and {len(problems) - 6} more)" if len(problems) > 6 else ""
+        problems = problems[:6]
+        problems[-1] += f"{more}; give create_state and make_train_step the same rules."
+        raise JaxdlError.listing("the optimizer state was made for other trainable leaves", problems)
+
+
 def _pairs(rules: Rules) -> Sequence[tuple[Any, Any]]:
     return [rule for rule in rules if isinstance(rule, (tuple, list)) and len(rule) == 2]
 

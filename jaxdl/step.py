@@ -18,7 +18,7 @@ from jaxdl.losses import LossFn, LossOut
 from jaxdl.metrics import Mean
 from jaxdl.optim import learning_rate_of, loss_scale_of
 from jaxdl.paths import Rules, Tree, flatten, merge
-from jaxdl.state import ALL, TrainState, split_trainable
+from jaxdl.state import ALL, TrainState, check_opt_state, split_trainable
 
 Array = jax.Array
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
@@ -95,7 +95,12 @@ def make_train_step(
             out = LossOut(total, weight, sums, extra)
         divisor = jnp.where(out.weight == 0, 1.0, out.weight)
         grads = jax.tree.map(lambda g: g / (divisor if scale is None else divisor * scale).astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, moving, value=out.total / divisor)
+        try:
+            updates, opt_state = tx.update(grads, state.opt_state, moving, value=out.total / divisor)
+        except (TypeError, ValueError) as error:
+            if not isinstance(error, JaxdlError):
+                check_opt_state(tx, state.opt_state, moving)
+            raise
         new_state = state.replace(
             step=state.step + 1,
             params=merge(optax.apply_updates(moving, updates), frozen),
