@@ -60,8 +60,8 @@ def explain(
     if loss_fn is not None:
         lines.append(_reach(state, loss_fn, batch))
     return ZeroGradientError(
-        "the gradient of the first step is exactly 0, so nothing trains.\n"
-        + "\n".join(f"  - {line}" for line in lines)
+        "the gradient of the first step is exactly 0, so nothing trains."
+        + "".join(f"\n  - {line}" for line in lines)
         + "\n  Likely causes: the loss does not use these parameters, or a stop_gradient, argmax or integer cast lies "
         "between; they only meet frozen zeros, such as a fresh head that starts at 0 and is frozen; both factors of an "
         "adapter are 0; all units of a relu are off; the first batch is fitted without error."
