@@ -63,8 +63,7 @@ class Frozen:
     @property
     def digest(self) -> str:
         """One sha256 of all paths and hashes, in the order of the paths: the name of the base."""
-        text = "\n".join(f"{path} {sha256}" for path, sha256 in sorted(self.hashes.items()))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of(self.hashes)
 
     def check(self, params: Tree, extra: Tree) -> str:
         """Compares the leaves with what they were.
@@ -98,6 +97,17 @@ class Frozen:
         if now == was:
             return None
         return f"{path}: {now} with sha256 {now.sha256[:12]} was {was} with sha256 {was.sha256[:12]}."
+
+
+def digest_of(hashes: Mapping[str, str]) -> str:
+    """One sha256 of all paths and hashes, in the order of the paths.
+
+    Example:
+      >>> digest_of({"a": "0", "b": "1"}) == digest_of({"b": "1", "a": "0"})
+      True
+    """
+    text = "\n".join(f"{path} {sha256}" for path, sha256 in sorted(hashes.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _flatten(params: Tree, extra: Tree) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def open_stage(state: TrainState, tx: Tx, *, trainable: Rules) -> TrainState:
     opt_state = jax.tree.map(
         lambda node: {**node, **added} if _is_groups(node) else node, state.opt_state, is_leaf=_is_groups
     )
-    if jax.tree.structure(opt_state) != jax.tree.structure(shapes):
+    if list(flatten(opt_state)) != list(flatten(shapes)):
         raise JaxdlError(
             f"the state has the groups {sorted(before)} and the stage {sorted(after)}, or what stands in wrap= keeps a "
             "state for leaves; open the stages one after the other, and put such a transformation inside."
