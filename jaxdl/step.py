@@ -95,12 +95,7 @@ def make_train_step(
             out = LossOut(total, weight, sums, extra)
         divisor = jnp.where(out.weight == 0, 1.0, out.weight)
         grads = jax.tree.map(lambda g: g / (divisor if scale is None else divisor * scale).astype(g.dtype), grads)
-        try:
-            updates, opt_state = tx.update(grads, state.opt_state, moving, value=out.total / divisor)
-        except (TypeError, ValueError) as error:
-            if not isinstance(error, JaxdlError):
-                check_opt_state(tx, state.opt_state, moving)
-            raise
+        updates, opt_state = _update(tx, grads, state.opt_state, moving, out.total / divisor)
         new_state = state.replace(
             step=state.step + 1,
             params=merge(optax.apply_updates(moving, updates), frozen),
@@ -137,6 +132,19 @@ def _cut(x: Array, n: int) -> Array:
     if x.shape[0] % n:
         raise JaxdlError(f"a batch of {x.shape[0]} rows does not divide into microbatches={n}; use a divisor of it.")
     return x.reshape(n, x.shape[0] // n, *x.shape[1:])
+
+
+def _update(tx: Any, grads: Tree, opt_state: Tree, moving: Tree, loss: Array) -> tuple[Tree, Tree]:
+    """`tx.update`; where it fails or answers with another structure, the state may be of other trainable rules."""
+    try:
+        updates, new = tx.update(grads, opt_state, moving, value=loss)
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, JaxdlError):
+            check_opt_state(tx, opt_state, moving)
+        raise
+    if jax.tree.structure(new) != jax.tree.structure(opt_state):
+        check_opt_state(tx, opt_state, moving)
+    return updates, new
 
 
 def _step_metrics(out: LossOut, grads: Tree, opt_state: Tree) -> dict[str, Any]:
