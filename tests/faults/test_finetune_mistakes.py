@@ -1,4 +1,4 @@
-"""Mistakes in saying what trains, each refused before step 0: nothing compiles, and the message has the nearest path."""
+"""Mistakes in saying what trains, each refused before step 0: nothing compiles, and messages have the nearest path."""
 
 import functools
 
