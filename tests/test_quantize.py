@@ -10,6 +10,8 @@ import pytest
 from jaxdl import JaxdlError, create_state, make_train_step, paths
 from jaxdl.checkpoint import Store
 from jaxdl.finetune import quantize as q
+from jaxdl.finetune.adapters import adapted, with_adapters
+from jaxdl.finetune.lora import Lora, add, merge
 from jaxdl.losses import LossOut, with_compute_dtype
 from jaxdl.models.apply import init_model
 from jaxdl.models.gpt2 import GPT2, gpt2_block
@@ -315,3 +317,46 @@ def test_one_layer_at_a_time_is_whole(layout):
     assert q.bytes_held(base) > 7.5e6
     assert memory.argument_size_in_bytes < q.bytes_held(base) * 0.16
     assert memory.temp_size_in_bytes < q.bytes_held(base) * 0.16
+
+
+RANKS = [(".*/(query|down)/kernel", 2), (".*", None)]
+ADAPTERS_TRAIN = [("adapters/.*", True), (".*", False)]
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (tiny, Lora(RANKS)),
+        (tiny, Lora(RANKS, has_magnitude=True)),
+        (tied, Lora([("embed/token/embedding", 2), *RANKS])),
+    ],
+)
+def test_adapters_over_codes_move_as_over_what_they_stand_for(make, settings):
+    model, params, batch = make()
+    small = q.quantize(params, ALL)
+    loss_fn = with_adapters(make_language_loss_fn(model, train=True), settings)
+    tx, states = optax.adam(1e-3), []
+    for base in (small, q.dequantize(small)):
+        state = create_state(
+            add(jax.random.key(1), base, settings, model, batch["tokens"]),
+            {},
+            tx,
+            rng=jax.random.key(0),
+            trainable=ADAPTERS_TRAIN,
+        )
+        step = jax.jit(make_train_step(loss_fn, tx, trainable=ADAPTERS_TRAIN))
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state, batch)
+            losses.append(metrics["loss"].finish())
+        states.append((state.params, losses))
+    (ours, losses), (meant, other) = states
+    np.testing.assert_allclose(losses, other, rtol=1e-5)
+    assert losses[2] < losses[0]
+    for path, leaf in paths.flatten(ours["adapters"]).items():
+        np.testing.assert_allclose(leaf, paths.flatten(meant["adapters"])[path], atol=2e-5, err_msg=path)
+    for path, leaf in paths.flatten(small).items():
+        np.testing.assert_array_equal(paths.flatten(ours)[path], leaf)
+    merged = merge(q.dequantize(ours), settings)
+    beside = jax.jit(adapted(model.apply, settings))({"params": ours}, batch["tokens"])
+    np.testing.assert_allclose(jax.jit(model.apply)({"params": merged}, batch["tokens"]), beside, atol=2e-5)

@@ -16,6 +16,7 @@ import flax.linen as nn
 from jax import Array
 
 from jaxdl.errors import JaxdlError
+from jaxdl.finetune.quantize import dequantize, run_quantized
 from jaxdl.finetune.sites import Survey, nest, survey
 from jaxdl.losses import LossFn, LossOut
 from jaxdl.paths import Tree, flatten, nearest
@@ -45,7 +46,7 @@ class Call(NamedTuple):
         """The adapter leaves of these names; none where the module lacks the first. They count as read."""
         if not self.module.has_variable(COLLECTION, names[0]):
             return {}
-        found = {name: self.module.get_variable(COLLECTION, name) for name in names}
+        found: dict[str, Any] = {name: self.module.get_variable(COLLECTION, name) for name in names}
         leaves = {name: leaf for name, leaf in found.items() if leaf is not None and not isinstance(leaf, Mapping)}
         self.trace.read.update("/".join((*self.module.path, name)) for name in leaves)
         return leaves
@@ -90,25 +91,22 @@ class Trace:
         if context.method_name not in METHODS:
             return next_fun(*args, **kwargs)
         call = Call(context.module, context.method_name, self)
-        run = functools.partial(_base_output, next_fun, context.module)
+        run = next_fun
         for kind in self.kinds:
             run = functools.partial(kind.run, call, run)
         return run(*args, **kwargs)
 
 
-def _base_output(next_fun: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What the module gives without adapters."""
-    return next_fun(*args, **kwargs)
-
-
 def kernel_of(module: nn.Module, name: str = "kernel") -> Array:
-    """The kernel that a bound module multiplies with."""
-    return module.get_variable("params", name)
+    """The kernel that a bound module multiplies with; that of a quantised one in float32."""
+    kernel: Array = dequantize(module.get_variable("params", name))
+    return kernel
 
 
 def base_leaf(params: Tree, path: str) -> Array:
-    """A leaf of the base by its path, such as `head/kernel`."""
-    return functools.reduce(lambda tree, name: tree[name], path.split("/"), params)
+    """A leaf of the base by its path, such as `head/kernel`; a quantised one in float32."""
+    leaf: Array = dequantize(functools.reduce(lambda tree, name: tree[name], path.split("/"), params))
+    return leaf
 
 
 def with_adapters(loss_fn: LossFn, settings: Settings) -> LossFn:
@@ -214,7 +212,8 @@ class AdaptedModel:
 
 def _kinds(settings: Settings) -> list[Kind]:
     """The kinds in the order in which they see an output."""
-    kinds = list(settings) if isinstance(settings, (list, tuple)) else [settings]
+    given: Any = settings if isinstance(settings, (list, tuple)) else [settings]
+    kinds: list[Kind] = list(given)
     names = [type(kind).__name__ for kind in kinds]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -243,7 +242,7 @@ def _part(params: Tree, kinds: Sequence[Kind]) -> tuple[Tree, dict[str, Tree]]:
 @contextlib.contextmanager
 def _running(kinds: Sequence[Kind], adapters: Tree, *, is_whole: bool) -> Iterator[None]:
     trace = Trace(kinds)
-    with nn.intercept_methods(trace.intercept):
+    with nn.intercept_methods(trace.intercept), nn.intercept_methods(run_quantized):  # the last one stands innermost
         yield
     unread = [path for path in flatten(adapters.get(COLLECTION, {})) if path not in trace.read]
     if unread and is_whole:
