@@ -119,7 +119,8 @@ def _keep_averages(frozen: set[str], kept: set[str]) -> Callable[..., Any]:
 
     def interceptor(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        path = "/".join(module.path) if isinstance(module, nn.BatchNorm) and context.method_name == "__call__" else ""
+        is_norm = isinstance(module, nn.BatchNorm) and type(module).__call__ is nn.BatchNorm.__call__
+        path = "/".join(module.path) if is_norm and context.method_name == "__call__" else ""
         if path not in frozen:
             return next_fun(*args, **kwargs)
         kept.add(path)
