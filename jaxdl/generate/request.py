@@ -82,6 +82,7 @@ def _prompt_problems(
     model: nn.Module, prompts: Sequence[Sequence[int]], options: Options, has_encoder: bool
 ) -> Iterator[str]:
     size, limit = model.vocab_size, getattr(model, "n_positions", None)
+    slots = getattr(model, "slot_ids", ())  # of an adapted model, see finetune.prompts
     if len(prompts) == 0:
         yield "there are no prompts; give a list of lists of tokens."
     for row, prompt in enumerate(prompts):
@@ -94,7 +95,7 @@ def _prompt_problems(
             yield f"prompt {row} holds what is no whole number; give the list of its tokens."
         elif not tokens:
             yield f"prompt {row} is empty; give it at least one token, such as the one that begins a text."
-        elif outside := [int(token) for token in tokens if not 0 <= token < size]:
+        elif outside := [int(token) for token in tokens if not 0 <= token < size and token not in slots]:
             yield f"prompt {row} has tokens {outside[:5]}, and the vocabulary is 0 to {size - 1}."
         n_all = len(prompt) + (0 if has_encoder else options.max_new_tokens)
         if limit and n_all > limit:
