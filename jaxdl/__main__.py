@@ -1,4 +1,8 @@
-"""`python -m jaxdl verify-parity FOLDER`: exit code 0 where jaxdl and transformers agree, 1 where not, 2 if refused."""
+"""Commands that compare: exit code 0 where both sides agree, 1 where not, 2 if refused.
+
+python -m jaxdl verify-parity FOLDER
+python -m jaxdl diff A B
+"""
 
 import argparse
 import sys
@@ -29,9 +33,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     verify.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference that passes")
     verify.add_argument("--learning-rate", type=float, default=1e-4, help="of the AdamW steps")
     verify.add_argument("--seed", type=int, default=0, help="of inputs and targets")
+    verify.set_defaults(run=_verify)
+    diff = commands.add_parser(
+        "diff",
+        help="compare the leaves of two models",
+        description="Shows which leaves of two models on disk differ, and how far: the parameters and the other "
+        "collections, not the optimizers' states. A and B are each a run folder or a folder of checkpoints (its newest "
+        "intact step), a step folder, a delta, or safetensors. Exit code 0: equal bit for bit, 1: not, 2: refused.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    diff.add_argument("a", metavar="A", help="the side that changes are relative to")
+    diff.add_argument("b", metavar="B", help="the other side")
+    diff.add_argument("--json", action="store_true", help="everything as JSON")
+    diff.add_argument("--rows", type=int, default=40, help="at most so many leaves in a table; 0 for all")
+    diff.set_defaults(run=_diff)
     words = parser.parse_args(argv)
     try:
-        return _verify(words)
+        code: int = words.run(words)
+        return code
     except JaxdlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -44,6 +63,14 @@ def _verify(words: argparse.Namespace) -> int:
     report = verify_parity(words.folder, learning_rate=words.learning_rate, **settings)
     print(report)
     return 0 if report.is_equal else 1
+
+
+def _diff(words: argparse.Namespace) -> int:
+    from jaxdl.finetune.diff import compare
+
+    found = compare(words.a, words.b, on_note=lambda text: print(text, file=sys.stderr))
+    print(found.to_json() if words.json else found.table(words.rows if words.rows > 0 else None))
+    return 0 if found.is_equal else 1
 
 
 if __name__ == "__main__":
