@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from experiments import images, settings
 from experiments.training import Supervised, Task, predict, train
 from jaxdl.command import run_command
@@ -88,7 +86,7 @@ _HEADLINE = ("test/accuracy", "test/loss", "test/confusion/f1", "test/calibratio
 
 def _mistakes(task: Task, result: FitResult, pictures: images.ImageData, n: int = 18) -> list[Mistake]:
     source, names = pictures.pictures, pictures.class_names
-    labels = np.array([source[row]["label"] for row in range(len(source))])
+    labels = images.labels(source)
     return [
         Mistake(source[row]["image"], names[labels[row]], names[predicted], probability, row)
         for row, predicted, probability in worst_rows(predict(task, result), labels, n)

@@ -22,6 +22,7 @@ class Images:
     tfds_name: str | None = None  # with name=tfds: a TensorFlow Datasets name, prepared as array_record
     test_directory: str | None = None  # with name=folder: the folder of the test images
     image_size: int | None = None  # with name=folder: the side in pixels that images are resized to
+    classes: tuple[int, ...] = ()  # only rows of these classes, renumbered from 0 in this order; all where empty
     batch_size: int = 128  # rows of a global batch
     eval_batch_size: int = 500  # rows of an evaluation batch
     validation: float = 0.0  # share of the training rows held out to choose the best checkpoint by
@@ -41,6 +42,8 @@ class Images:
         )
         if not 0.0 <= self.validation < 1.0:
             yield f"validation={self.validation} must lie in [0, 1)."
+        if self.classes and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
+            yield f"classes={self.classes} must be at least two different classes, or none to take all."
         if (self.name == "tfds") != (self.tfds_name is not None):
             yield "name='tfds' and tfds_name go together; give both or neither."
         if self.name == "folder" and not (self.directory and self.test_directory):
@@ -78,10 +81,12 @@ def load(settings: Images, seed: int) -> ImageData:
       JaxdlError: a data set that is not there or not as it should be.
     """
     train, test, class_names = _sources(settings)
+    if settings.classes:
+        train, test = (_of_classes(source, settings.classes, class_names) for source in (train, test))
+        class_names = tuple(class_names[i] for i in settings.classes)
     evaluated = {"test": test}
     if settings.validation:
-        labels = np.array([train[row]["label"] for row in range(len(train))])
-        kept, held_out = data.split_rows(labels, settings.validation, seed)
+        kept, held_out = data.split_rows(labels(train), settings.validation, seed)
         evaluated["validation"] = _select(train, held_out)
         train = _select(train, kept)
     standardize = data.fit_standardize(train)
@@ -125,6 +130,25 @@ def _sources(settings: Images) -> tuple[Any, Any, tuple[str, ...]]:
 
 def _select(source: Any, rows: np.ndarray) -> Any:
     return source.select(rows) if isinstance(source, data.ArraySource) else data.Subset(source, rows)
+
+
+def labels(source: Any) -> np.ndarray:
+    """The class of every row, (n,) int."""
+    return np.array([source[row]["label"] for row in range(len(source))])
+
+
+def _of_classes(source: Any, classes: tuple[int, ...], class_names: tuple[str, ...]) -> Any:
+    unknown = [i for i in classes if not 0 <= i < len(class_names)]
+    if unknown:
+        raise JaxdlError(f"classes {unknown} are not there; the classes are 0 to {len(class_names) - 1}.")
+    new_numbers = np.zeros(len(class_names), np.int32)
+    new_numbers[list(classes)] = np.arange(len(classes))
+    chosen = _select(source, np.flatnonzero(np.isin(labels(source), classes)))
+
+    def renumber(example: dict[str, Any]) -> dict[str, Any]:
+        return {**example, "label": new_numbers[example["label"]]}
+
+    return chosen.map(renumber) if isinstance(chosen, data.ArraySource) else _Mapped(chosen, renumber)
 
 
 class _Mapped:

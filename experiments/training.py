@@ -1,5 +1,7 @@
 """What every supervised experiment does between its data and its report: build the pieces and call `fit`."""
 
+import dataclasses
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,16 +13,23 @@ import jax
 import numpy as np
 
 from experiments import settings
-from jaxdl import create_state, guard, make_train_step
+from experiments.finetuning import Tuning
+from jaxdl import TrainState, create_state, guard, make_train_step
 from jaxdl.config import Parsed, leaf_values
 from jaxdl.data import Pipeline, eval_batches
 from jaxdl.evaluation import make_evaluator
-from jaxdl.loop import FitResult, fit
+from jaxdl.finetune.contract import Frozen
+from jaxdl.finetune.delta import DeltaStore, save_delta
+from jaxdl.finetune.statistics import freeze_statistics
+from jaxdl.finetune.unfreeze import Stages, fit_stages, staged
+from jaxdl.loop import FitResult
 from jaxdl.losses import LossFn
 from jaxdl.models.apply import init_model, select_inputs
 from jaxdl.optim import eval_params
+from jaxdl.paths import Rules
 from jaxdl.report import RunReport, diagnose, parameter_table, read_history
 from jaxdl.run import Run, data_mesh, parameter_rows
+from jaxdl.step import Step
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,8 @@ class Task:
       train_loss_fn, eval_loss_fn: as for `make_train_step`; the second has dropout off and may tell more metrics.
       best_metric, best_mode: the validation metric that the best checkpoint is chosen by.
       eval_batch_size: rows of an evaluation batch.
-      params: the parameters to start from; drawn from the seed where None.
+      params, extra: what to start from; drawn from the seed where None.
+      tuning: what of a pretrained model moves; its checkpoints hold only that. None: all that `config.trainable` says.
     """
 
     model: nn.Module
@@ -71,6 +81,8 @@ class Task:
     best_mode: str
     eval_batch_size: int
     params: Any = None
+    extra: Any = None
+    tuning: Tuning | None = None
 
 
 def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
@@ -85,17 +97,26 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
             config.optimizer.warmup,
         )
     )
-    tx = config.hardware.scaled(config.optimizer.build(steps=length, warmup_steps=warmup))
-    params, extra = (task.params, {}) if task.params is not None else _init(task, config.seed)
-    rows = _show_parameters(config, params)
-    step = make_train_step(
-        task.train_loss_fn, tx, trainable=config.trainable, microbatches=config.hardware.microbatches
-    )
+    stages, optimizer = _rules(config, task.tuning)
+    trainable = stages[-1][1]
+    tx = config.hardware.scaled(optimizer.build(steps=length, warmup_steps=warmup))
+    params, extra = (task.params, task.extra or {}) if task.params is not None else _init(task, config.seed)
+    rows = _show_parameters(optimizer, params, trainable)
+    frozen = None if task.tuning is None else Frozen(params, extra, trainable)
+    txs = [tx] if len(stages) == 1 else staged(tx, stages, params)
+
+    def make_step(tx: Any, trainable: Rules) -> Step:
+        loss_fn = freeze_statistics(task.train_loss_fn, trainable)
+        step = make_train_step(loss_fn, tx, trainable=trainable, microbatches=config.hardware.microbatches)
+        return guard(step, config.loop.guard)
+
     with _open_run(parsed, task, length) as run:
-        result = fit(
-            create_state(params, extra, tx, rng=jax.random.key(config.seed + 1), trainable=config.trainable),
-            guard(step, config.loop.guard),
+        result = fit_stages(
+            create_state(params, extra, txs[0], rng=jax.random.key(config.seed + 1), trainable=stages[0][1]),
+            make_step,
+            txs,
             task.train,
+            stages=stages,
             steps=length,
             loss_fn=task.train_loss_fn,
             evaluators={
@@ -103,7 +124,7 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
                 for name, source in task.evaluated.items()
             },
             eval_every=eval_every,
-            store=run.store,
+            store=run.store if frozen is None else DeltaStore(run.store, frozen),
             checkpoint_every=checkpoint_every,
             writers=run.writers,
             log_every=config.loop.log_every,
@@ -116,7 +137,18 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
         if result.stopped_by in ("SIGTERM", "SIGINT"):
             print(f"stopped by {result.stopped_by}; saved in {config.out}. Run the same command to go on.")
             return None
+        if frozen is not None:
+            _seal(run.directory, frozen, result.state)
         return result, _report(parsed, task, run, result, rows, time.perf_counter() - start)
+
+
+def _seal(folder: Path, frozen: Frozen, state: TrainState) -> None:
+    """States that nothing else moved, and writes what did."""
+    params = eval_params(state.opt_state, state.params)
+    print(frozen.check(params, state.extra))
+    shutil.rmtree(folder / "delta", ignore_errors=True)
+    save_delta(folder / "delta", params, state.extra, frozen)
+    print(f"delta         {folder / 'delta'}, for jaxdl.finetune.delta.load_delta")
 
 
 def _init(task: Task, seed: int) -> tuple[Any, Any]:
@@ -124,12 +156,21 @@ def _init(task: Task, seed: int) -> tuple[Any, Any]:
     return init_model(task.model, jax.random.key(seed), first, **others)
 
 
-def _show_parameters(config: Any, params: Any) -> list[dict[str, Any]]:
+def _rules(config: Any, tuning: Tuning | None) -> tuple[Stages, settings.Optimizer]:
+    if tuning is None:
+        return [(0, config.trainable)], config.optimizer
+    if tuning.lr_scale_rules is None:
+        return tuning.stages, config.optimizer
+    rules = tuple(tuning.lr_scale_rules)
+    return tuning.stages, dataclasses.replace(config.optimizer, lr_scale_rules=rules)
+
+
+def _show_parameters(optimizer: settings.Optimizer, params: Any, trainable: Rules) -> list[dict[str, Any]]:
     rows = parameter_rows(
         params,
-        trainable=config.trainable,
-        weight_decay_rules=config.optimizer.weight_decay_rules,
-        lr_scale_rules=config.optimizer.lr_scale_rules,
+        trainable=trainable,
+        weight_decay_rules=optimizer.weight_decay_rules,
+        lr_scale_rules=optimizer.lr_scale_rules,
     )
     print(parameter_table(rows), flush=True)
     return rows

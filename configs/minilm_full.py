@@ -1,0 +1,25 @@
+"""Full fine-tuning of MiniLM on the sentiment of sentences from film reviews: all parameters move.
+
+Needs the weights and the text, two files of the Python package index; docs/finetuning.md says how to get them.
+Command: python -m experiments.finetune_text --config configs/minilm_full.py
+Not measured yet.
+"""
+
+from experiments.finetune_text import Config
+from experiments.finetuning import Finetune
+from experiments.settings import Loop, Optimizer
+from experiments.text import Corpus
+from experiments.text_rows import TextRows
+from jaxdl.config import Duration
+
+
+def get_config() -> Config:
+    return Config(
+        pretrained="all-MiniLM-L6-v2",
+        finetune=Finetune(method="full"),
+        corpus=Corpus(name="vader", domain="movies", path="vaderSentiment-3.3.2.tar.gz"),
+        data=TextRows(length=48, batch_size=32),
+        optimizer=Optimizer(learning_rate=1e-4, warmup=Duration("0.1 epochs"), weight_decay=0.01, clip_norm=1.0),
+        loop=Loop(length=Duration("2 epochs"), eval_every=Duration("1 epoch"), checkpoint_every=Duration("1 epoch")),
+        out="runs/minilm_full",
+    )

@@ -1,0 +1,22 @@
+"""Layer-wise learning rates for MiniLM: each layer moves 0.8 times as fast as the one after it.
+
+Needs the weights and the text, two files of the Python package index; docs/finetuning.md says how to get them.
+Command: python -m experiments.finetune_text --config configs/minilm_llrd.py
+Not measured yet.
+"""
+
+import dataclasses
+
+from configs import minilm_full
+from experiments.finetune_text import Config
+from experiments.finetuning import Finetune
+
+
+def get_config() -> Config:
+    full = minilm_full.get_config()
+    return dataclasses.replace(
+        full,
+        finetune=Finetune(method="full", layer_decay=0.8),
+        optimizer=dataclasses.replace(full.optimizer, learning_rate=2e-4),
+        out="runs/minilm_llrd",
+    )
