@@ -17,7 +17,7 @@ from jaxdl.checkpoint import CheckpointMismatch, Store
 from jaxdl.data import ArraySource, Pipeline, eval_batches
 from jaxdl.early_stopping import EarlyStopping
 from jaxdl.evaluation import make_evaluator
-from jaxdl.finetune.unfreeze import fit_stages, groups_of, open_stage, stage_at, staged
+from jaxdl.finetune.unfreeze import fit_stages, groups_of, like_at, open_stage, stage_at, staged
 from jaxdl.loop import fit
 from jaxdl.models import MLP
 from jaxdl.models.apply import init_model, make_loss_fn
@@ -173,6 +173,22 @@ def test_a_run_with_one_stage_is_a_run_without_stages():
     got = run(stages=[(0, ALL)], steps=6, evaluators={}, eval_every=None)
     chex.assert_trees_all_close(got.state.params, want.state.params, rtol=1e-6)
     chex.assert_trees_all_close(got.state.opt_state["stage_0"], want.state.opt_state, rtol=1e-5)
+
+
+def test_devices_share_the_batches_of_every_stage_and_calls_of_many_steps_stop_at_boundaries(straight):
+    _, want, _ = straight
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    got = run(mesh=mesh, steps_per_call=4, evaluators={})
+    chex.assert_trees_all_close(jax.device_get(got.state.params), jax.device_get(want.state.params), atol=1e-5)
+    assert all(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(got.state))
+    assert int(got.state.step) == STEPS
+
+
+def test_the_best_checkpoint_of_an_earlier_stage_is_read(straight):
+    folder, result, _ = straight
+    txs = staged(optimizer(), STAGES, PARAMS)
+    restored = Store(folder / "checkpoints").restore(like_at(result.state, txs, STAGES), step=11)
+    assert (int(restored.state.step), list(restored.state.opt_state)) == (11, ["stage_0", "stage_1"])
 
 
 def test_without_a_store_nothing_is_different(straight):

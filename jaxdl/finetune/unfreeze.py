@@ -18,7 +18,7 @@ from jaxdl.signals import StopFlag
 from jaxdl.state import TrainState, split_trainable
 from jaxdl.step import Step
 
-__all__ = ["Stages", "fit_stages", "groups_of", "open_stage", "stage_at", "staged"]
+__all__ = ["Stages", "fit_stages", "groups_of", "like_at", "open_stage", "stage_at", "staged"]
 
 
 def stage_at(stages: Stages, step: int) -> int:
@@ -116,7 +116,7 @@ def _run(
     note = (lambda text: None) if progress is None else progress.note
     resumed = None
     if store is not None and store.steps():
-        resumed = store.restore(_like_at(state, txs, stages), on_note=note)
+        resumed = store.restore(like_at(state, txs, stages), on_note=note)
         note(f"resumed from the checkpoint of step {resumed.step}")
     k = _stage_of(stages, int(state.step) if resumed is None else resumed.step)
     timing: Timing | None = None
@@ -153,8 +153,27 @@ def _stage_of(stages: Stages, step: int) -> int:
     return stage_at(stages, max(step - 1, 0))
 
 
-def _like_at(state: TrainState, txs: Sequence[Tx], stages: Stages) -> Callable[[int], TrainState]:
-    """What a checkpoint of a step holds: the optimizer's state is abstract, everything else that of `state`."""
+def like_at(state: TrainState, txs: Sequence[Tx], stages: Stages) -> Callable[[int], TrainState]:
+    """What a checkpoint of a step holds, for `store.restore(like_at(state, txs, stages), step=store.best_step())`.
+
+    Args:
+      state: a state of any stage.
+      txs: the optimizer of each stage, from `staged`.
+      stages: `[(first step, trainable rules), ...]`.
+
+    Returns:
+      `step -> state`, whose optimizer state is abstract and everything else that of `state`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxdl import create_state
+      >>> stages = [(0, [("head", True), (".*", False)]), (100, [(".*", True)])]
+      >>> params = {"body": jnp.ones(1), "head": jnp.ones(1)}
+      >>> txs = staged(optax.sgd(0.1, 0.9), stages, params)
+      >>> state = create_state(params, {}, txs[0], rng=jax.random.key(0), trainable=stages[0][1])
+      >>> [list(like_at(state, txs, stages)(step).opt_state) for step in (100, 101)]
+      [['stage_0'], ['stage_0', 'stage_1']]
+    """
 
     def like(step: int) -> TrainState:
         k = _stage_of(stages, step)
