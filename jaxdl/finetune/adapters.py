@@ -281,14 +281,16 @@ def add(key: Array, params: Tree, settings: Settings, model: nn.Module, *inputs:
             "or rename a module of that name."
         )
     found = survey(model, *inputs, **kw)
-    problems, flat = _base_problems(found.leaves, params), {}
+    if problems := _base_problems(found.leaves, params):
+        raise AdapterError.listing("add", problems)
+    flat: dict[str, Array] = {}
     for kind in _kinds(settings):
         try:
-            flat.update(kind.init(key, found, params) if not problems else {})
+            flat.update(kind.init(key, found, params))
         except AdapterError as error:
-            problems += [str(error)]
+            problems.append(str(error))
     if problems:
-        raise AdapterError.listing("adapters", problems)
+        raise AdapterError.listing("add", problems)
     return {**params, COLLECTION: nest(flat)}
 
 

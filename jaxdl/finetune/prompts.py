@@ -27,13 +27,15 @@ class Slots:
     """How many slots there are, and what stands at them.
 
     Leaves: `prompt` (n_slots, D) at the table; `prefix` (n_slots, outputs...) at each module that the rules name.
+    Outside of `jit`, BERT and its kin refuse ids beyond their vocabulary, slots included.
 
     Attributes:
       n_slots: slots of a row.
       first_id: the id of the first; it and the next are no rows of the table, so that a model without the adapters
         gives NaN. The table of a model of this library has `models.embedding.padded_size(vocab_size)` rows.
       has_prompt: rows in the place of the token embedding (Lester et al. 2021, arXiv:2104.08691); what is added to
-        that, such as positions, still is.
+        that, such as positions, still is. By default where there is no prefix: no token would see a prompt below a
+        prefix in every layer.
       prefix: `(regex, bool)` over paths of modules: rows in the place of their outputs (Li & Liang 2021,
         arXiv:2101.00190, eq. 3), as `[(".*/attention/(key|value)", True), (".*", False)]`. Rotary positions turn them
         like any key. Not for cross-attention, whose keys are not those of the tokens.
@@ -54,7 +56,7 @@ class Slots:
     n_slots: int
     _: KW_ONLY
     first_id: int
-    has_prompt: bool = True
+    has_prompt: bool | None = None
     prefix: Rules = ()
     table: str = "embed/token"
     tokens: Sequence[int] = ()
@@ -65,6 +67,8 @@ class Slots:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefix", tuple(tuple(rule) for rule in self.prefix))
         object.__setattr__(self, "tokens", tuple(self.tokens))
+        if self.has_prompt is None:
+            object.__setattr__(self, "has_prompt", not self.prefix)
         problems = [
             count_problem("n_slots", self.n_slots),
             count_problem("first_id", self.first_id),
