@@ -135,14 +135,14 @@ def _cut(x: Array, n: int) -> Array:
 
 
 def _update(tx: Any, grads: Tree, opt_state: Tree, moving: Tree, loss: Array) -> tuple[Tree, Tree]:
-    """`tx.update`; where it fails or answers with another structure, the state may be of other trainable rules."""
+    """`tx.update`; where it fails or answers with other leaves, the state may be of other trainable rules."""
     try:
         updates, new = tx.update(grads, opt_state, moving, value=loss)
     except (TypeError, ValueError) as error:
         if not isinstance(error, JaxdlError):
             check_opt_state(tx, opt_state, moving)
         raise
-    if jax.tree.structure(new) != jax.tree.structure(opt_state):
+    if flatten(new).keys() != flatten(opt_state).keys():
         check_opt_state(tx, opt_state, moving)
     return updates, new
 
