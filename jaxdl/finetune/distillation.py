@@ -156,12 +156,13 @@ def part(params: Tree, name: str) -> tuple[Tree, Tree]:
     return {key: tree for key, tree in params.items() if key != name}, params[name]
 
 
-def refuse_gradient(tree: Tree, prefix: str = "") -> Tree:
+def refuse_gradient(tree: Tree, prefix: str = "", *, remedy: str | None = None) -> Tree:
     """The tree itself; an error while a gradient is traced that would reach a leaf of it.
 
     Args:
       tree: parameters that must be frozen.
-      prefix: of their paths, for the message and its remedy.
+      prefix: of their paths, for the message.
+      remedy: what to do instead; by default a rule for the prefix.
 
     Raises:
       JaxdlError: names the leaves that a gradient is taken of.
@@ -172,6 +173,8 @@ def refuse_gradient(tree: Tree, prefix: str = "") -> Tree:
       jaxdl.errors.JaxdlError: teacher/w must be frozen; put ('teacher/.*', False) first in trainable...
     """
 
+    pattern = f"{prefix}.*"
+
     @jax.custom_vjp
     def same(tree: Tree) -> Tree:
         return tree
@@ -180,7 +183,7 @@ def refuse_gradient(tree: Tree, prefix: str = "") -> Tree:
         moving = [f"{prefix}{path}" for path, leaf in paths.flatten(tree).items() if leaf.perturbed]
         if moving:
             shown = ", ".join(moving[:8]) + (f" and {len(moving) - 8} more" if len(moving) > 8 else "")
-            raise JaxdlError(f"{shown} must be frozen; put ({prefix + '.*'!r}, False) first in trainable.")
+            raise JaxdlError(f"{shown} must be frozen; {remedy or f'put ({pattern!r}, False) first in trainable'}.")
         return jax.tree.map(lambda leaf: leaf.value, tree), None
 
     same.defvjp(forward, lambda _, cotangent: (cotangent,), symbolic_zeros=True)

@@ -5,7 +5,7 @@ Dimensions: `B` batch, `T` time, `D` width, `V` vocabulary, `N` chunks of the ti
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -23,6 +23,7 @@ from jaxdl.paths import Tree
 
 INPUTS = ("mask", "token_types", "positions", "documents")
 MOST_LOGIT_BYTES = 256 * 2**20
+LogProbFn = Callable[[Tree, Tree, Any, Any], Array]
 
 
 def make_language_loss_fn(
@@ -67,16 +68,7 @@ def make_language_loss_fn(
       >>> float(out.weight), round(float(out.total) / 3) == round(math.log(11)), sorted(out.sums)
       (3.0, True, ['accuracy', 'perplexity'])
     """
-    problems = [
-        f"{type(model).__name__} has no method {name!r}; give a language model, such as jaxdl.models.gpt2.GPT2."
-        for name in ("hidden", "logits")
-        if not callable(getattr(model, name, None))
-    ]
-    check(
-        "make_language_loss_fn",
-        *problems,
-        None if chunk_tokens is None else count_problem("chunk_tokens", chunk_tokens),
-    )
+    _check_model("make_language_loss_fn", model, chunk_tokens)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
 
     def loss_fn(params: Tree, extra: Tree, batch: Mapping[str, Array], rng: Array) -> LossOut:
@@ -89,12 +81,65 @@ def make_language_loss_fn(
             logits: Any = model.apply(variables, hidden, method="logits")
             return _sums(logits, targets, weight, options)
 
-        logits = jax.eval_shape(lambda x: model.apply(variables, x, method="logits"), hidden_BTD[:, :1])
-        n = _n_chunks(targets_BT.shape, logits.shape[-1], chunk_tokens)
+        n = _n_chunks_of(model, variables, hidden_BTD, chunk_tokens)
         sums = _in_chunks(sums_of, n, hidden_BTD, targets_BT, weight_BT)
         return _finish(sums, jnp.sum(weight_BT), weight_BT, batch)._replace(extra=changed)
 
     return loss_fn
+
+
+def make_sequence_log_prob_fn(model: nn.Module, *, train: bool, chunk_tokens: int | None = None) -> LogProbFn:
+    """Makes the function that says how likely whole sequences are, without ever holding the logits of a batch.
+
+    Args:
+      model: as for `make_language_loss_fn`.
+      train: passed on to the model; with True it gets a `dropout` key.
+      chunk_tokens: as for `make_language_loss_fn`.
+
+    Returns:
+      `(params, extra, batch, rng) -> log_prob`, (B,) float32: the sum over a row's tokens of the log-probability of
+      its target, in nats, each times its `weight` of the batch. A prompt weighs nothing where its weight is 0. The
+      batch is that of `make_language_loss_fn`.
+
+    Raises:
+      JaxdlError: as `make_language_loss_fn`.
+
+    Example:
+      >>> from jaxdl.models.apply import init_model
+      >>> from jaxdl.models.gpt2 import GPT2, gpt2_block
+      >>> model = GPT2(gpt2_block(width=8, n_heads=2), n_layers=1, vocab_size=11, n_positions=4)
+      >>> rows = {"tokens": jnp.array([[1, 2]]), "targets": jnp.array([[2, 3]]), "weight": jnp.array([[0.0, 1.0]])}
+      >>> params, extra = init_model(model, jax.random.key(0), rows["tokens"])
+      >>> log_prob = make_sequence_log_prob_fn(model, train=False)(params, extra, rows, None)
+      >>> log_prob.shape, round(float(log_prob[0])) == round(-math.log(11))
+      ((1,), True)
+    """
+    _check_model("make_sequence_log_prob_fn", model, chunk_tokens)
+
+    def log_prob_fn(params: Tree, extra: Tree, batch: Mapping[str, Array], rng: Array) -> Array:
+        _check_batch(model, batch)
+        variables = {"params": params, **extra}
+        hidden_BTD, _ = _hidden(model, variables, extra, batch, rng, train)
+
+        def sums_of(hidden: Array, targets: Array, weight: Array) -> Array:
+            logits: Any = model.apply(variables, hidden, method="logits")
+            log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+            return jnp.sum(jnp.where(weight == 0, 0.0, log_p) * weight, axis=1)
+
+        n = _n_chunks_of(model, variables, hidden_BTD, chunk_tokens)
+        log_prob_B: Array = _in_chunks(sums_of, n, hidden_BTD, batch["targets"], _weight(batch))
+        return log_prob_B
+
+    return log_prob_fn
+
+
+def _check_model(title: str, model: nn.Module, chunk_tokens: int | None) -> None:
+    problems = [
+        f"{type(model).__name__} has no method {name!r}; give a language model, such as jaxdl.models.gpt2.GPT2."
+        for name in ("hidden", "logits")
+        if not callable(getattr(model, name, None))
+    ]
+    check(title, *problems, None if chunk_tokens is None else count_problem("chunk_tokens", chunk_tokens))
 
 
 def _check_batch(model: nn.Module, batch: Mapping[str, Array]) -> None:
@@ -136,6 +181,11 @@ def _weight(batch: Mapping[str, Array]) -> Array:
         if key in batch:
             weight_BT = jnp.where(batch[key] != 0, weight_BT, 0.0)
     return weight_BT
+
+
+def _n_chunks_of(model: nn.Module, variables: Tree, hidden_BTD: Array, chunk_tokens: int | None) -> int:
+    logits: Any = jax.eval_shape(lambda x: model.apply(variables, x, method="logits"), hidden_BTD[:, :1])
+    return _n_chunks(hidden_BTD.shape[:2], logits.shape[-1], chunk_tokens)
 
 
 def _n_chunks(shape: tuple[int, ...], vocab_size: int, chunk_tokens: int | None) -> int:
