@@ -40,6 +40,8 @@ class Config(Supervised):
     data: TextRows = field(default_factory=TextRows)
     model: text_models.Encoder = field(default_factory=text_models.Encoder)
     pretrained: str | None = None  # a folder, or a hub name, to start from instead of `model`
+    fresh: tuple[str, ...] = ("head/.*",)  # with pretrained: regexes of the leaves that start anew
+    drop: tuple[str, ...] = ()  # with pretrained: regexes of tensors left out, such as those of another head
     snippet_lines: int = 12  # with corpus.name=python: lines of source in a row
     n_packages: int = 8  # with corpus.name=python: the packages with the most source are the classes
     label_smoothing: float = 0.0  # share of the probability spread over all classes
@@ -127,7 +129,8 @@ def begin(config: Any, documents: Documents, head: str, n_outputs: int) -> Start
         n_outputs=n_outputs,
         dtype=config.hardware.dtype,
         param_dtype="float32",
-        fresh=["head/.*"],
+        fresh=config.fresh,
+        drop=config.drop,
         seed=config.seed,
     )
     print(found.ledger)

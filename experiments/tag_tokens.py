@@ -23,7 +23,7 @@ from experiments.training import Supervised, Task, train
 from jaxdl import JaxdlError
 from jaxdl.command import run_command
 from jaxdl.config import Parsed
-from jaxdl.data import Pipeline
+from jaxdl.data import ArraySource, Pipeline
 from jaxdl.data.text import Documents, encode_tags
 from jaxdl.models.apply import make_loss_fn
 from jaxdl.objectives import classification
@@ -41,6 +41,8 @@ class Config(Supervised):
     data: TextRows = field(default_factory=TextRows)
     model: text_models.Encoder = field(default_factory=text_models.Encoder)
     pretrained: str | None = None  # a folder, or a hub name, to start from instead of `model`
+    fresh: tuple[str, ...] = ("head/.*",)  # with pretrained: regexes of the leaves that start anew
+    drop: tuple[str, ...] = ()  # with pretrained: regexes of tensors left out, such as those of another head
     max_rows: int | None = None  # sentences of each part at most; all where None
 
     def problems(self) -> Iterator[str]:
@@ -80,10 +82,17 @@ def experiment(parsed: Parsed) -> None:
         return
     result, report = done
     metrics = {name: result.evaluations[f"test/{name}"] for name in ("accuracy", "loss")}
+    metrics["words scored"] = share_scored(rows["test"], parts["test"])
     page = write_report(Path(config.out) / "report.html", dataclasses.replace(report, metrics=metrics))
     print(f"test accuracy {100 * metrics['accuracy']:.2f} % of words  (loss {metrics['loss']:.4f})")
+    print(f"words scored  {100 * metrics['words scored']:.2f} %; the rest lie beyond data.length={config.data.length}")
     print(f"checkpoint    {config.out}/checkpoints/{report.steps}")
     print(f"report        {page}")
+
+
+def share_scored(rows: ArraySource, documents: Documents) -> float:
+    """The share of the words whose tag is judged: those that lie within the length of a row."""
+    return float(rows.arrays["weight"].sum()) / sum(map(len, documents.columns["words"]))
 
 
 def statements(documents: Documents, most: int | None) -> Documents:

@@ -24,12 +24,15 @@ class Corpus:
     path: str | None = None  # the file, folder or archive of the corpus; the errors say how to get one
     pattern: str = "*.txt"  # with name=files: a glob of file names
     text_field: str = "text"  # with jsonl, parquet, tfds: the field of the text
+    label_field: str | None = None  # with jsonl, parquet: the field of the class, a name or a whole number
     domain: str = "movies"  # with name=vader: movies, products, news or tweets
     tfds_name: str | None = None  # with name=tfds: a TensorFlow Datasets name, prepared as array_record
 
     def problems(self) -> Iterator[str]:
         if self.name in _HINTS and self.path is None:
             yield f"name={self.name!r} needs path; {_HOW.get(self.name, 'give the file or folder.')}"
+        if self.label_field is not None and self.name not in ("jsonl", "parquet"):
+            yield f"label_field={self.label_field!r} is of jsonl and parquet, not of name={self.name!r}; leave it out."
         if (self.name == "tfds") != (self.tfds_name is not None):
             yield "name='tfds' and tfds_name go together; give both or neither."
         if self.path is not None and not Path(self.path).exists():
@@ -55,7 +58,8 @@ def load_corpus(corpus: Corpus, *, split: Literal["train", "test"] = "train") ->
       JaxdlError: a corpus that is not there or not as it should be.
     """
     path = corpus.path or ""
-    fields = {"text": corpus.text_field}
+    fields: dict[str, Any] = {"text": corpus.text_field}
+    kept = {**fields, "keep": [] if corpus.label_field is None else [corpus.label_field]}
     readers = {
         "python": lambda: text.python_library(corpus.path),
         "brown": lambda: text.load_brown(path),
@@ -63,11 +67,34 @@ def load_corpus(corpus: Corpus, *, split: Literal["train", "test"] = "train") ->
         "newsgroups": lambda: text.load_newsgroups(path, split),
         "shakespeare": lambda: text.load_shakespeare(path),
         "files": lambda: text.read_text_files(path, corpus.pattern),
-        "jsonl": lambda: text.read_jsonl(path, **fields),
-        "parquet": lambda: text.read_parquet(path, **fields),
+        "jsonl": lambda: text.read_jsonl(path, **kept),
+        "parquet": lambda: text.read_parquet(path, **kept),
         "tfds": lambda: text.read_tfds(corpus.tfds_name or "", split, data_dir=corpus.path, **fields),
     }
-    return readers[corpus.name]()
+    documents = readers[corpus.name]()
+    return documents if corpus.label_field is None else labelled(documents, corpus.label_field)
+
+
+def labelled(documents: text.Documents, field: str) -> text.Documents:
+    """Numbers the classes of a column: names in alphabetical order, whole numbers as they are.
+
+    Raises:
+      JaxdlError: a class that is neither, or both kinds in one column.
+
+    Example:
+      >>> documents = labelled(text.Documents({"text": ["a", "b"], "mood": ["sad", "glad"]}), "mood")
+      >>> documents.columns["label"], documents.class_names
+      ([1, 0], ('glad', 'sad'))
+    """
+    classes = documents.columns[field]
+    kinds = {type(value) for value in classes}
+    if kinds not in ({str}, {int}):
+        found = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise JaxdlError(f"label_field={field!r} holds {found}; give every row a name, or every row a whole number.")
+    names = tuple(sorted(set(classes))) if str in kinds else ()
+    labels = [names.index(value) for value in classes] if names else list(classes)
+    columns = {name: values for name, values in documents.columns.items() if name != field}
+    return text.Documents({**columns, "label": labels}, class_names=names, about=documents.about)
 
 
 def split_documents(documents: text.Documents, fraction: float, seed: int) -> tuple[text.Documents, text.Documents]:

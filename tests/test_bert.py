@@ -233,6 +233,15 @@ def test_inputs_that_do_not_fit_are_refused(kind, head, inputs, said):
         model.apply(init(model), **inputs)
 
 
+def test_known_tokens_may_be_closed_over_by_jit():
+    model, tokens = make(Bert), jnp.asarray(TOKENS)
+    variables = init(model)
+    inside = jax.jit(lambda variables: model.apply(variables, tokens))(variables)
+    np.testing.assert_allclose(inside, model.apply(variables, tokens), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ModelError, match="tokens run from 40 to 40"):
+        jax.jit(lambda variables: model.apply(variables, 0 * TOKENS + 40))(variables)
+
+
 def test_logits_of_another_head_are_refused():
     model = make(Bert, "tag")
     with pytest.raises(ModelError, match="head='tag' has no logits over tokens"):

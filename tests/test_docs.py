@@ -38,7 +38,7 @@ PLACES = ("jaxdl", "experiments", "configs", "docs", "tests", "benchmarks")
 PATH_IN_BACKTICKS = re.compile(rf"`((?:{'|'.join(PLACES)})/[\w./-]*|Makefile|pyproject\.toml)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]*)\)")
 COMMAND = re.compile(r"python -m (experiments\.\w+)([^\n`]*)")
-OWN_FOLDERS, OWN_FILES = ("FOLDER", "TRAIN_FOLDER", "TEST_FOLDER"), ("TRAIN.csv", "TEST.csv")
+OWN_FOLDERS, OWN_FILES = ("FOLDER", "TRAIN_FOLDER", "TEST_FOLDER"), ("TRAIN.csv", "TEST.csv", "TEXTS.jsonl")
 
 
 def name(page):

@@ -10,6 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxdl.data.text import Tokenizer
+from jaxdl.errors import JaxdlError
+from jaxdl.models.bert import Bert, bert_block
 from jaxdl.models.llama import Llama, llama_block
 from jaxdl.paths import flatten
 from jaxdl.pretrained import FAMILIES, PretrainedError, folder, hub, load, save
@@ -201,6 +204,30 @@ def test_a_hub_name_fetches_safe_files_only(monkeypatch, classes):
     assert load("some/model", family=TOY).model == Toy()
     assert (asked["name"], asked["allow_patterns"]) == ("some/model", ["*.safetensors", "*.json", "*.txt"])
     assert not hub.is_hub_name("../model")
+
+
+def test_a_network_of_no_family_is_refused_with_the_known_ones(tmp_path):
+    folder = write(tmp_path / "out", tensors_of(), model_type="mamba")
+    with pytest.raises(
+        PretrainedError, match=r"model_type='mamba' is unknown; known are bert, .*for another, give family="
+    ):
+        load(folder)
+
+
+def test_a_tokenizer_comes_along_and_must_fit_the_embedding(tmp_path):
+    pytest.importorskip("tokenizers")
+    tokenizer = Tokenizer.train(["one two three"], kind="byte_level", vocab_size=270)
+    for name, size in (("fits", tokenizer.vocab_size), ("small", tokenizer.vocab_size - 1)):
+        model = Bert(bert_block(8, 2, 12), n_layers=1, vocab_size=size, n_positions=8)
+        params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+        save(tmp_path / name, model, params, tokenizer)
+    assert load(tmp_path / "fits").model.has_pooler is False
+    found = load(tmp_path / "fits").tokenizer
+    assert (found.special, found.encode("two").tolist()) == (tokenizer.special, tokenizer.encode("two").tolist())
+    with pytest.raises(
+        JaxdlError, match=r"tokenizer has ids up to \d+ and the embedding \d+ rows; use the tokenizer that"
+    ):
+        load(tmp_path / "small")
 
 
 def test_families_know_each_other_apart():

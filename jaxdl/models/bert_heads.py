@@ -6,6 +6,7 @@ Dimensions: `B` batch, `T` time, `D` width, `V` vocabulary, `N` outputs.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxdl.models.block import Block, Norm
@@ -106,6 +107,7 @@ def ids_problem(name: str, ids: Array, n: int, field: str) -> str | None:
     is_hidden = isinstance(ids, jax.core.Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable)
     if is_hidden or ids.size == 0 or not jnp.issubdtype(ids.dtype, jnp.integer):
         return None
-    least, most = int(ids.min()), int(ids.max())
+    values = np.asarray(ids)  # under jit, jnp's minimum of known values would be an unknown one
+    least, most = values.min(), values.max()
     rule = f"they must lie in 0 to {n - 1}"
     return None if least >= 0 and most < n else f"{name} run from {least} to {most}; with {field}={n} {rule}."

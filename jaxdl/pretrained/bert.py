@@ -85,7 +85,7 @@ def encoder_fields(
     own |= head_fields(config, fields)
     rate = config.get("classifier_dropout") if dropout_rate is None else None
     own |= {"head_dropout_rate": dropout if rate is None else rate} if own["head"] in ("classify", "tag") else {}
-    return {**own, "has_pooler": own["head"] is None, **fields}
+    return {**own, "has_pooler": own["head"] is None and config.get("has_pooler", True), **fields}
 
 
 def to_config(model: TextEncoder) -> dict[str, Any]:
@@ -97,6 +97,8 @@ def to_config(model: TextEncoder) -> dict[str, Any]:
     block = model.block
     check_block(block, norm_epsilon=block.norm_epsilon)
     is_own_rate = model.head in ("classify", "tag") and model.head_dropout_rate != block.dropout_rate
+    # No field of transformers, which passes it over and starts a pooler anew; here the folder loads as it was saved.
+    no_pooler = {"has_pooler": False} if model.head in (None, "embed") and not model.has_pooler else {}
     return {
         "model_type": "bert",
         "architectures": [class_name(model)],
@@ -117,6 +119,7 @@ def to_config(model: TextEncoder) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "pad_token_id": 0,
         **label_config(model),
+        **no_pooler,
     }
 
 

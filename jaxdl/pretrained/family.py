@@ -110,14 +110,16 @@ def find_family(config: Config, known: Sequence[Family]) -> Family:
     Example:
       >>> find_family({"model_type": "brt"}, ())
       Traceback (most recent call last):
-      jaxdl.pretrained.ledger.PretrainedError: config.json: model_type='brt' is unknown; known are none.
+      jaxdl.pretrained.ledger.PretrainedError: config.json: model_type='brt' is unknown; known are none; for \
+another, give family= a Family of your own.
     """
     of_type = {model_type: family for family in known for model_type in family.model_types}
     given = config.get("model_type")
     if given in of_type:
         return of_type[given]
     raise PretrainedError(
-        f"config.json: model_type={given!r} is unknown; known are {', '.join(sorted(of_type)) or 'none'}."
+        f"config.json: model_type={given!r} is unknown; known are {', '.join(sorted(of_type)) or 'none'}; for"
+        " another, give family= a Family of your own."
     )
 
 

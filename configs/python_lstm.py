@@ -1,0 +1,26 @@
+"""An LSTM on the source of Python's standard library, beside the GPT of `python_gpt.py`: same text, tokens and rows.
+
+Needs the extra `text` (pip install 'jaxdl[text]').
+Command: python -m experiments.language_model --config configs/python_lstm.py
+Not measured.
+"""
+
+from experiments.language_model import Config
+from experiments.settings import Loop, Optimizer
+from experiments.text import TokenizerChoice
+from experiments.text_models import RNN
+from experiments.text_rows import TextRows
+from jaxdl.config import Duration
+
+
+def get_config() -> Config:
+    return Config(
+        tokenizer=TokenizerChoice(kind="byte_level", vocab_size=2048),
+        data=TextRows(length=256, batch_size=8, eval_batch_size=32, validation=0.01, test=0.02),
+        model=RNN(cell="lstm", n_layers=1, width=256),
+        optimizer=Optimizer(learning_rate=4e-3, warmup=Duration("50 steps"), clip_norm=1.0),
+        loop=Loop(
+            length=Duration("1000 steps"), eval_every=Duration("500 steps"), checkpoint_every=Duration("250 steps")
+        ),
+        out="runs/python_lstm",
+    )
