@@ -55,7 +55,7 @@ def load_peft(
     config = read_adapter_config(path)
     found = outline(model, family)
     file = sort_tensors(read_adapter(path), found)
-    problems = [*base_mismatch(params, model, found.family), *file.problems, *module_problems(file, config)]
+    problems = [*base_mismatch(params, found), *file.problems, *module_problems(file, config)]
     problems += [*target_problems(file, config), *whole_problems(file, config)]
     if COLLECTION in params:
         problems.append(f"params have {COLLECTION!r} already; merge them first (lora.merge), or take them out.")
@@ -109,9 +109,10 @@ def _scaled(pair: Pair, factor: float) -> Pair:
 def _in_layout(pairs: Mapping[str, Pair], found: Outline) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
     """The leaves of each kernel and embedding in the model's own layout; stacked where its layers are."""
     layers: dict[str, list[Pair]] = {}
+    paths = set(found.paths)
     for path in sorted(pairs, key=layer_of):
-        layers.setdefault(own_path(path, found.matrices), []).append(pairs[path])
-    n_layers = Counter(own_path(path, found.matrices) for path in found.leaves)
+        layers.setdefault(own_path(path, paths), []).append(pairs[path])
+    n_layers = Counter(own_path(path, paths) for path in found.leaves)
     adapters, problems = {}, []
     for own, stack in sorted(layers.items()):
         ranks = [pair.a.shape[-1] for pair in stack]

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 
+from jaxdl.finetune.adapters import nest
 from jaxdl.finetune.sites import survey
 from jaxdl.paths import Tree, flatten
 from jaxdl.pretrained.entries import Entry
 from jaxdl.pretrained.family import Family, family_of
-from jaxdl.pretrained.folder import abstract_params, is_scanned, unrolled
+from jaxdl.pretrained.folder import unrolled
 from jaxdl.pretrained.ledger import near
 from jaxdl.pretrained.matching import Map, sort_lines
 from jaxdl.pretrained.peft.base import own_path
@@ -30,16 +31,19 @@ class Outline(NamedTuple):
       known: the family's map, by kinds of lines.
       leaves: `{path: shape and dtype}` of the unrolled model.
       places: modules of transformers that can hold an adapter, and whose leaves can here.
-      matrices: paths of kernels and embeddings in the model's own layout, which `Lora.rules` speak of.
-      is_scanned: the model's layers are stacked.
+      paths: of the leaves in the model's own layout.
     """
 
     family: Family
     known: Map
     leaves: Mapping[str, Any]
     places: list[Place]
-    matrices: list[str]
-    is_scanned: bool
+    paths: list[str]
+
+    @property
+    def matrices(self) -> list[str]:
+        """Paths of kernels and embeddings in the model's own layout, which `Lora.rules` speak of."""
+        return [path for path in self.paths if path.rpartition("/")[2] in LEAVES]
 
     @property
     def lines(self) -> list[Entry]:
@@ -51,24 +55,19 @@ def outline(model: nn.Module, family: Family | None) -> Outline:
     """Finds the family of a model, and looks at the model without computing anything."""
     family = family or family_of(model, FAMILIES)
     inputs, _ = family.inputs(np.random.default_rng(0), model)
-    own, sites = abstract_params(family, model), survey(model, **inputs).sites
-    leaves, lines = flatten(unrolled(own)), family.entries(model)
+    sites, own = survey(model, **inputs)
+    leaves, lines = flatten(unrolled(nest(own))), family.entries(model)
     adaptable = {f"{site.path}/{site.leaf}" for site in sites.values() if site.leaf and not site.problem}
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    places = [
-        place
-        for place in find_places(lines, shapes)
-        if all(own_path(path, adaptable) in adaptable for path in place.paths)
-    ]
-    matrices = [path for path in flatten(own) if path.rpartition("/")[2] in LEAVES]
-    return Outline(family, sort_lines(lines), leaves, places, matrices, is_scanned(own))
+    places = find_places(lines, {path: tuple(leaf.shape) for path, leaf in leaves.items()})
+    places = [place for place in places if {own_path(path, adaptable) for path in place.paths} <= adaptable]
+    return Outline(family, sort_lines(lines), leaves, places, list(own))
 
 
-def base_mismatch(params: Tree, model: nn.Module, family: Family) -> list[str]:
+def base_mismatch(params: Tree, found: Outline) -> list[str]:
     """Leaves of the model that parameters lack; quantised ones and adapters are as good as any."""
-    ours, theirs = flatten(params), flatten(abstract_params(family, model))
+    ours = flatten(params)
     return [
         f"the parameters lack {path} of the model; nearest: {near(path, ours)}."
-        for path in theirs
+        for path in found.paths
         if path not in ours and not any(name.startswith(f"{path}/") for name in ours)
     ]

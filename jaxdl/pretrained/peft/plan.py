@@ -10,7 +10,7 @@ from jaxdl.finetune.adapters import COLLECTION
 from jaxdl.finetune.lora import Lora
 from jaxdl.paths import Tree, claim
 from jaxdl.pretrained.entries import Entry
-from jaxdl.pretrained.family import Family, find_family
+from jaxdl.pretrained.family import Family, family_of, find_family
 from jaxdl.pretrained.ledger import near
 from jaxdl.pretrained.peft.base import unrolled_leaves
 from jaxdl.pretrained.peft.config import TASK_MODULES, task_of
@@ -68,13 +68,11 @@ def make_plan(
     Returns:
       `(plan, problems)`; a plan with problems is not complete.
     """
-    found = outline(model, family)
-    config = found.family.to_config(model)
-    if family is None:  # several families may share the module's class
-        found = outline(model, find_family(config, FAMILIES))
+    config = (family or family_of(model, FAMILIES)).to_config(model)
+    found = outline(model, family or find_family(config, FAMILIES))  # several may share the module's class
     [architecture] = config["architectures"]
     plan = Plan(found, architecture == found.family.bare, [], [], [], task_of(architecture))
-    problems = base_mismatch(params, model, found.family)
+    problems = base_mismatch(params, found)
     pairs, more = _read_pairs(params.get(COLLECTION, {}), found, settings)
     problems += more
     if not problems:
