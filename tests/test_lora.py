@@ -12,6 +12,7 @@ from jaxdl import paths
 from jaxdl.finetune import lora
 from jaxdl.finetune.adapters import AdapterError, adapted
 from jaxdl.finetune.lora import Lora
+from jaxdl.finetune.quantize import quantize
 from jaxdl.finetune.sites import nest
 from jaxdl.models.gpt2 import GPT2, gpt2_block
 from jaxdl.models.transformer import stack_layers, unstack_layers
@@ -352,3 +353,15 @@ def test_what_cannot_be_merged():
     adapters = {"haed": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2))}, "head": {"down_kernel": jnp.ones((2, 2))}}
     with pytest.raises(AdapterError, match=r"(?s)2 problem.*haed adapts .*nearest: head/kernel.*down_kernel, which"):
         lora.merge({"head": {"kernel": jnp.ones((2, 2))}, "adapters": adapters}, Lora(ALL))
+
+
+def test_a_quantised_matrix_is_merged_after_it_is_made_whole():
+    settings, matrix = Lora(ALL), jnp.ones((2, 8))
+    params = {"one": {"kernel": matrix}, "two": {"kernel": matrix}}
+    small = quantize(params, [("one/.*", "int8"), (".*", None)])
+    adapters = {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 8))}
+    with pytest.raises(AdapterError, match=r"adapters/one adapts a quantised matrix; merge\(dequantize\(params\)"):
+        lora.merge({**small, "adapters": {"one": adapters}}, settings)
+    merged = lora.merge({**small, "adapters": {"two": adapters}}, settings)
+    assert jax.tree.structure(merged) == jax.tree.structure(small)
+    np.testing.assert_array_equal(merged["two"]["kernel"], matrix + 16)

@@ -32,28 +32,34 @@ def merge(params: Tree, settings: Lora) -> Tree:
       The parameters without `adapters`; kernels keep their dtype, sums are float32 at least.
 
     Raises:
-      AdapterError: there are none, or some of another kind, which cannot be merged.
+      AdapterError: there are none, or some of another kind or on a quantised matrix, which cannot be merged.
 
     Example:
       >>> params = {"kernel": jnp.ones((2, 2)), "adapters": {"a": jnp.ones((2, 1)), "b": jnp.full((1, 2), 3.0)}}
       >>> merge(params, Lora([("kernel", 1)], alpha=2))["kernel"].tolist()
       [[7.0, 7.0], [7.0, 7.0]]
     """
-    flat = paths.flatten({name: tree for name, tree in params.items() if name != COLLECTION})
+    base = {name: tree for name, tree in params.items() if name != COLLECTION}
+    flat = paths.flatten(base)
     modules = _modules(params.get(COLLECTION, {}))
     problems = [] if modules else [f"params have no {COLLECTION!r}."]
     for path, leaves in modules.items():
         if others := sorted(set(leaves) - set(Lora.names)):
             problems.append(f"{COLLECTION}/{path} has {', '.join(others)}, which is no lora and cannot be merged.")
-        if _kernel_path(path, flat) not in flat:
+        if any(name.startswith(join(path, "kernel/")) or name.startswith(join(path, "embedding/")) for name in flat):
+            problems.append(
+                f"{COLLECTION}/{path} adapts a quantised matrix; merge(dequantize(params), settings) does it."
+            )
+        elif not _kernel_path(path, flat):
             near = ", ".join(paths.nearest(path, flat)) or "none"
             problems.append(f"{COLLECTION}/{path} adapts a module that params do not have; nearest: {near}.")
     if problems:
         raise AdapterError.listing("merge", problems)
-    for path, leaves in modules.items():
-        name = _kernel_path(path, flat)
-        flat[name] = _merged(flat[name], settings.scale(leaves["a"].shape[-1]), **leaves)
-    return nest(flat)
+    places = {_kernel_path(path, flat): leaves for path, leaves in modules.items()}
+    merged = {
+        place: _merged(flat[place], settings.scale(leaves["a"].shape[-1]), **leaves) for place, leaves in places.items()
+    }
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: merged.get(paths.path_of(keys), leaf), base)
 
 
 def _modules(adapters: Tree) -> dict[str, Leaves]:
