@@ -81,7 +81,7 @@ def base_record(base: Tree, without: Collection[str]) -> dict[str, list[str]]:
             x = np.asarray(leaf, order="C")
             digest = hashlib.sha256(x.reshape(-1).view(np.uint8)).hexdigest()
             record[path] = [f"{x.dtype.name}{list(x.shape)}", digest]
-    return record
+    return dict(sorted(record.items()))
 
 
 def base_problems(folder: Path, base: Tree) -> list[str]:

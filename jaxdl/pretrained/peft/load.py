@@ -59,6 +59,8 @@ def load_peft(
     problems += [*target_problems(file, config), *whole_problems(file, config)]
     if COLLECTION in params:
         problems.append(f"params have {COLLECTION!r} already; merge them first (lora.merge), or take them out.")
+    if not file.modules and not file.problems:
+        problems.append("the file holds no adapter, only whole leaves; give the folder of a LoRA.")
     if not problems:
         problems = [*base_problems(path, params), *tie_problems(file)]
     if problems:
@@ -109,10 +111,9 @@ def _scaled(pair: Pair, factor: float) -> Pair:
 def _in_layout(pairs: Mapping[str, Pair], found: Outline) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
     """The leaves of each kernel and embedding in the model's own layout; stacked where its layers are."""
     layers: dict[str, list[Pair]] = {}
-    paths = set(found.paths)
     for path in sorted(pairs, key=layer_of):
-        layers.setdefault(own_path(path, paths), []).append(pairs[path])
-    n_layers = Counter(own_path(path, paths) for path in found.leaves)
+        layers.setdefault(own_path(path, found.own), []).append(pairs[path])
+    n_layers = Counter(own_path(path, found.own) for path in found.leaves)
     adapters, problems = {}, []
     for own, stack in sorted(layers.items()):
         ranks = [pair.a.shape[-1] for pair in stack]

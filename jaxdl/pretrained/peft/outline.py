@@ -12,7 +12,7 @@ from jaxdl.paths import Tree, flatten
 from jaxdl.pretrained.entries import Entry
 from jaxdl.pretrained.family import Family, family_of
 from jaxdl.pretrained.folder import unrolled
-from jaxdl.pretrained.ledger import near
+from jaxdl.pretrained.ledger import near, shortened
 from jaxdl.pretrained.matching import Map, sort_lines
 from jaxdl.pretrained.peft.base import own_path
 from jaxdl.pretrained.peft.places import Place, find_places
@@ -31,19 +31,19 @@ class Outline(NamedTuple):
       known: the family's map, by kinds of lines.
       leaves: `{path: shape and dtype}` of the unrolled model.
       places: modules of transformers that can hold an adapter, and whose leaves can here.
-      paths: of the leaves in the model's own layout.
+      own: the same in the model's own layout.
     """
 
     family: Family
     known: Map
     leaves: Mapping[str, Any]
     places: list[Place]
-    paths: list[str]
+    own: Mapping[str, Any]
 
     @property
     def matrices(self) -> list[str]:
         """Paths of kernels and embeddings in the model's own layout, which `Lora.rules` speak of."""
-        return [path for path in self.paths if path.rpartition("/")[2] in LEAVES]
+        return [path for path in self.own if path.rpartition("/")[2] in LEAVES]
 
     @property
     def lines(self) -> list[Entry]:
@@ -60,14 +60,25 @@ def outline(model: nn.Module, family: Family | None) -> Outline:
     adaptable = {f"{site.path}/{site.leaf}" for site in sites.values() if site.leaf and not site.problem}
     places = find_places(lines, {path: tuple(leaf.shape) for path, leaf in leaves.items()})
     places = [place for place in places if {own_path(path, adaptable) for path in place.paths} <= adaptable]
-    return Outline(family, sort_lines(lines), leaves, places, list(own))
+    return Outline(family, sort_lines(lines), leaves, places, own)
 
 
 def base_mismatch(params: Tree, found: Outline) -> list[str]:
-    """Leaves of the model that parameters lack; quantised ones and adapters are as good as any."""
+    """Leaves of the model that parameters lack or have of another shape; quantised ones are as good as any.
+
+    Args:
+      params: with or without adapters.
+      found: the model.
+    """
     ours = flatten(params)
-    return [
+    problems = [
         f"the parameters lack {path} of the model; nearest: {near(path, ours)}."
-        for path in found.paths
+        for path in found.own
         if path not in ours and not any(name.startswith(f"{path}/") for name in ours)
     ]
+    problems += [
+        f"{path} has shape {tuple(ours[path].shape)} in the parameters, but the model says {tuple(leaf.shape)}."
+        for path, leaf in found.own.items()
+        if path in ours and ours[path].shape != leaf.shape
+    ]
+    return shortened(problems, "leaves of the base")

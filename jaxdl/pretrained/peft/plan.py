@@ -164,7 +164,8 @@ def _module_problems(module: Module, pairs: Mapping[str, Pair], settings: Lora) 
 
 def _keep_whole(plan: Plan, chosen: set[str]) -> Plan:
     """Puts in what is written whole: entries of the chosen leaves' modules, and of those that PEFT keeps by itself."""
-    owners = {plan.name(entry.tensors[0]).rpartition(".")[0] for entry in plan.outline.lines if chosen & {*entry.paths}}
+    tensors = (name for entry in plan.outline.lines if chosen & {*entry.paths} for name in entry.tensors)
+    owners = {plan.name(name).rpartition(".")[0] for name in tensors}
     by_task = [name for name in TASK_MODULES.get(plan.task or "", ()) if reached(plan, [name])]
     if any(is_below(module.name, reached(plan, by_task)) for module in plan.modules):
         plan, by_task = plan._replace(task=None), []  # an adapter in the head itself
