@@ -79,7 +79,7 @@ def base_record(base: Tree, without: Collection[str]) -> dict[str, list[str]]:
     for path, leaf in unrolled_leaves(base):
         if path not in without:
             x = np.asarray(leaf, order="C")
-            digest = hashlib.sha256(x.reshape(-1).view(np.uint8)).hexdigest()
+            digest = hashlib.sha256(x.reshape(-1).view(np.uint8).data).hexdigest()
             record[path] = [f"{x.dtype.name}{list(x.shape)}", digest]
     return dict(sorted(record.items()))
 

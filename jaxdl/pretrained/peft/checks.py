@@ -84,7 +84,7 @@ def tie_problems(file: File) -> Iterator[str]:
             names = ", ".join(module.name for module in present)
             why = f"{', '.join(lacking)} has none" if lacking else "their adapters differ"
             yield (
-                f"{names} shares its weight, and here {path} has one adapter wherever it is used, but {why}; merge it "
+                f"{names} use {path}, which has one adapter here wherever it is used, but {why}; merge it "
                 "with PEFT and load that, or load a base whose head is not tied."
             )
 

@@ -55,8 +55,9 @@ def load_peft(
     config = read_adapter_config(path)
     found = outline(model, family)
     file = sort_tensors(read_adapter(path), found)
-    problems = [*base_mismatch(params, found), *file.problems, *module_problems(file, config)]
-    problems += [*target_problems(file, config), *whole_problems(file, config)]
+    problems = base_mismatch(params, found)
+    kinds = (file.problems, module_problems(file, config), target_problems(file, config), whole_problems(file, config))
+    problems += [problem for kind in kinds for problem in shortened(list(kind), "of that kind")]
     if COLLECTION in params:
         problems.append(f"params have {COLLECTION!r} already; merge them first (lora.merge), or take them out.")
     if not file.modules and not file.problems:
@@ -64,7 +65,7 @@ def load_peft(
     if not problems:
         problems = [*base_problems(path, params), *tie_problems(file)]
     if problems:
-        raise PretrainedError.listing(f"{path} does not fit the model", shortened(problems, "problems"))
+        raise PretrainedError.listing(f"{path} does not fit the model", problems)
     settings = Lora(
         (),
         alpha=float(config["lora_alpha"]),
@@ -75,7 +76,7 @@ def load_peft(
     pairs = _pairs(file, config, settings)
     adapters, problems = _in_layout(pairs, found)
     if problems:
-        raise PretrainedError.listing(f"{path} has no form in this layout", shortened(problems, "problems"))
+        raise PretrainedError.listing(f"{path} has no form in this layout", shortened(problems, "stacks"))
     ranks = {own: leaves["a"].shape[-1] for own, leaves in adapters.items()}
     settings = dataclasses.replace(settings, rules=_rules(ranks, found.matrices))
     flat = {_beside(own, name): leaf for own, leaves in adapters.items() for name, leaf in leaves.items()}
@@ -104,8 +105,13 @@ def _pairs(file: File, config: Mapping[str, Any], settings: Lora) -> dict[str, P
 
 
 def _scaled(pair: Pair, factor: float) -> Pair:
-    a, b, magnitude = (None if x is None else np.asarray(x, np.promote_types(x.dtype, np.float32)) for x in pair)
-    return Pair(a, scaled(b, factor), magnitude)
+    magnitude = None if pair.magnitude is None else _wide(pair.magnitude)
+    return Pair(_wide(pair.a), scaled(_wide(pair.b), factor), magnitude)
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    """In float32 at least."""
+    return np.asarray(x, np.promote_types(x.dtype, np.float32))
 
 
 def _in_layout(pairs: Mapping[str, Pair], found: Outline) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
