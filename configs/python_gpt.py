@@ -24,5 +24,6 @@ def get_config() -> Config:
         loop=Loop(
             length=Duration("1000 steps"), eval_every=Duration("500 steps"), checkpoint_every=Duration("250 steps")
         ),
+        prompt="class Parser:\n    def __init__(self",
         out="runs/python_gpt",
     )

@@ -28,5 +28,6 @@ def get_config() -> Config:
             steps_per_call=10,
         ),
         hardware=Hardware(compute_dtype="bfloat16"),
+        prompt="class Parser:\n    def __init__(self",
         out="runs/python_gpt_gpu",
     )

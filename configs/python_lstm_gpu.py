@@ -25,5 +25,6 @@ def get_config() -> Config:
             checkpoint_every=Duration("250 steps"),
             steps_per_call=10,
         ),
+        prompt="class Parser:\n    def __init__(self",
         out="runs/python_lstm_gpu",
     )

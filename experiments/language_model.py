@@ -39,7 +39,7 @@ class Config(Supervised):
     tokenizer: text.TokenizerChoice = field(default_factory=text.TokenizerChoice)
     data: TextRows = field(default_factory=lambda: TextRows(length=256, batch_size=16, validation=0.02, test=0.02))
     model: text_models.LanguageModel = field(default_factory=text_models.GPT)
-    prompt: str = "def "  # what the model goes on from at the end
+    prompt: str = "def"  # what the model goes on from at the end; without a last blank, which most tokens begin with
     new_tokens: int = 200  # how many tokens it writes
     temperature: float = 0.7  # of the writing; 0 takes the most likely token
 

@@ -1,7 +1,12 @@
 """What the library chose by device and shape is said in the log, once: the logger `jaxdl`, level INFO."""
 
+import contextlib
 import functools
 import logging
+import sys
+from collections.abc import Iterator
+
+_LOGGER = logging.getLogger("jaxdl")
 
 
 @functools.cache
@@ -16,4 +21,34 @@ def tell(what: str, choice: str, reason: str) -> None:
     Example:
       >>> tell("attention", "xla", "the platform is cpu")
     """
-    logging.getLogger("jaxdl").info("%s: %s (%s)", what, choice, reason)
+    _LOGGER.info("%s: %s (%s)", what, choice, reason)
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Writes choices to standard error for a while, unless the user has given the logger a handler or a level.
+
+    Example:
+      >>> with shown(), contextlib.redirect_stderr(sys.stdout):
+      ...     tell("layers", "scanned", "an example")
+      layers: scanned (an example)
+    """
+    if _LOGGER.handlers or _LOGGER.level:
+        yield
+        return
+    handler = _ToStandardError()
+    _LOGGER.addHandler(handler)
+    _LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _LOGGER.removeHandler(handler)
+        _LOGGER.setLevel(logging.NOTSET)
+
+
+class _ToStandardError(logging.Handler):
+    """Looks standard error up at each line: it may be another stream by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe ends the telling, never the run
+            print(self.format(record), file=sys.stderr)

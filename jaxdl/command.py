@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
+from jaxdl import choices
 from jaxdl.compilation import enable_compile_cache
 from jaxdl.config import Parsed, parse
 from jaxdl.errors import JaxdlError
@@ -16,6 +17,8 @@ def run_command(
     prog: str | None = None,
 ) -> int:
     """Parses flags, runs an experiment and turns what the user can mend into one message without a traceback.
+
+    Choices by device and shape, such as the implementation of attention, are shown while it runs.
 
     Args:
       config_type: the frozen dataclass of the experiment.
@@ -38,7 +41,8 @@ def run_command(
     try:
         parsed: Parsed = parse(config_type, argv, prog=prog)
         enable_compile_cache()
-        experiment(parsed)
+        with choices.shown():
+            experiment(parsed)
     except JaxdlError as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         print(f"error: {error}{notes}", file=sys.stderr)

@@ -1,9 +1,11 @@
 """From the command line to an exit code."""
 
 import dataclasses
+import logging
 
 import pytest
 
+from jaxdl.choices import tell
 from jaxdl.command import run_command
 from jaxdl.errors import JaxdlError
 from jaxdl.nonfinite import NonFiniteError
@@ -51,6 +53,18 @@ def test_all_problems_of_the_command_line_come_at_once_and_nothing_runs(capsys):
 def test_a_combination_that_the_configuration_itself_refuses(capsys):
     assert run_command(Config, raising(AssertionError("it ran")), ["--config.n=-1"]) == 2
     assert capsys.readouterr().err == "error: config: 1 problem(s)\n  - config: n=-1 must not be negative.\n"
+
+
+def test_choices_are_shown_while_an_experiment_runs_unless_the_logger_is_the_users_own(capsys, caplog):
+    logger = logging.getLogger("jaxdl")
+    before = logger.handlers[:], logger.level
+    assert run_command(Config, lambda parsed: tell("attention", "xla", "a first reason"), []) == 0
+    assert capsys.readouterr() == ("", "attention: xla (a first reason)\n")
+    assert (logger.handlers, logger.level) == before
+    tell("attention", "xla", "a second reason")
+    with caplog.at_level("WARNING", logger="jaxdl"):
+        assert run_command(Config, lambda parsed: tell("attention", "xla", "a third reason"), []) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("error", "code"), [(JaxdlError("no rows"), 2), (NonFiniteError("no rows"), 1)])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdl.data import ArraySource, Pipeline, TfdsSource, load_tfds
+from jaxdl.data.text import read_tfds
 from jaxdl.data.tfds import _within
 from jaxdl.errors import JaxdlError
 
@@ -67,6 +68,15 @@ def prepared(tmp_path_factory):
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     builder.download_and_prepare(download_config=config)
     return folder
+
+
+def test_texts_and_labels_of_a_set_are_documents(prepared):
+    documents = read_tfds("jaxdl_squares", "test", text="name", data_dir=prepared)
+    assert sorted(zip(documents.columns["text"], documents.columns["label"], strict=True)) == [
+        (f"no {i}", i % 3) for i in range(4)
+    ]
+    with pytest.raises(JaxdlError, match="no key 'nam'; nearest: name"):
+        read_tfds("jaxdl_squares", "test", text="nam", data_dir=prepared)
 
 
 def test_a_set_prepared_on_disk_is_read(prepared):
