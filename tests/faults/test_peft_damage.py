@@ -249,5 +249,8 @@ def test_a_tied_output_that_differs_from_its_embedding(tmp_path):
     ones = np.ones((2, 4), np.float32)
     change_tensors(tmp_path / "a", lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": ones}))
     text = refused(tmp_path / "a", base, model)
-    assert "toy.words, lm_head use embed/embedding, which has one adapter here wherever it is used" in text
+    assert "toy.words, lm_head: the weight embed/embedding has one adapter here wherever it is used" in text
     assert "but their adapters differ; merge it with PEFT" in text
+    save_peft(tmp_path / "b", model, params, settings, family=TOY)
+    change_config(tmp_path / "b", alpha_pattern={"lm_head": 3})
+    assert "but their adapters differ; merge it with PEFT" in refused(tmp_path / "b", base, model)

@@ -239,7 +239,7 @@ def test_an_adapter_of_a_tied_table_alone_has_no_form_here(tmp_path):
     base = Base(tmp_path, "GPT2LMHeadModel")
     base.make(target_modules=["wte", "c_attn"])
     with pytest.raises(
-        PretrainedError, match=r"wte use embed/token/embedding, which has one adapter .*, but lm_head has none"
+        PretrainedError, match=r"wte: the weight embed/token/embedding has one adapter .*, but lm_head has none"
     ):
         load_peft(tmp_path / "peft", base.model, base.params)
 

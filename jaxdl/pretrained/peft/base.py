@@ -1,6 +1,5 @@
 """Which base an adapter was made for: a hash of every leaf, in a file of its own beside PEFT's."""
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdl.checkpoint.manifest import hash_array
 from jaxdl.paths import Tree, flatten
 from jaxdl.pretrained.ledger import PretrainedError, shortened
 
@@ -79,8 +79,7 @@ def base_record(base: Tree, without: Collection[str]) -> dict[str, list[str]]:
     for path, leaf in unrolled_leaves(base):
         if path not in without:
             x = np.asarray(leaf, order="C")
-            digest = hashlib.sha256(x.reshape(-1).view(np.uint8).data).hexdigest()
-            record[path] = [f"{x.dtype.name}{list(x.shape)}", digest]
+            record[path] = [f"{x.dtype.name}{list(x.shape)}", hash_array(x)]
     return dict(sorted(record.items()))
 
 

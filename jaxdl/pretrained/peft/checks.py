@@ -71,7 +71,7 @@ def whole_problems(file: File, config: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{PREFIX}{spelt(name)} is {given} in the file, but {where} takes floats {list(shape)}."
 
 
-def tie_problems(file: File) -> Iterator[str]:
+def tie_problems(file: File, config: Mapping[str, Any]) -> Iterator[str]:
     """Modules that share a weight, which is one leaf here with one adapter, but have other adapters each."""
     sharing: dict[str, list[Place]] = {}
     for place in file.outline.places:
@@ -80,15 +80,17 @@ def tie_problems(file: File) -> Iterator[str]:
     for path, places in sharing.items():
         present = [given[place.module] for place in places if place.module in given]
         lacking = [file.spelling.of(place.module) for place in places if place.module not in given]
-        if present and (lacking or not _is_same(present, tuple(file.outline.leaves[path].shape))):
+        factors = {rank_and_alpha(config, module.name) for module in present}
+        inputs = tuple(file.outline.leaves[path].shape[:-1])
+        if present and (lacking or len(factors) > 1 or not _is_same(present, inputs)):
             names = ", ".join(module.name for module in present)
             why = f"{', '.join(lacking)} has none" if lacking else "their adapters differ"
             yield (
-                f"{names} use {path}, which has one adapter here wherever it is used, but {why}; merge it "
-                "with PEFT and load that, or load a base whose head is not tied."
+                f"{names}: the weight {path} has one adapter here wherever it is used, but {why}; merge it with PEFT "
+                "and load that, or load a base whose head is not tied."
             )
 
 
-def _is_same(modules: list[Adapted], leaf: tuple[int, ...]) -> bool:
-    pairs = [tensor_pair(module.place, module.tensors, leaf[:-1]) for module in modules]
+def _is_same(modules: list[Adapted], inputs: tuple[int, ...]) -> bool:
+    pairs = [tensor_pair(module.place, module.tensors, inputs) for module in modules]
     return all(np.array_equal(x, y) for pair in pairs for x, y in zip(pair[:2], pairs[0][:2], strict=True))

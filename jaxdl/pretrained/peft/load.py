@@ -63,7 +63,7 @@ def load_peft(
     if not file.modules and not file.problems:
         problems.append("the file holds no adapter, only whole leaves; give the folder of a LoRA.")
     if not problems:
-        problems = [*base_problems(path, params), *tie_problems(file)]
+        problems = [*base_problems(path, params), *tie_problems(file, config)]
     if problems:
         raise PretrainedError.listing(f"{path} does not fit the model", problems)
     settings = Lora(
