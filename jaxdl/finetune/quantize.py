@@ -97,6 +97,7 @@ def quantize(params: Tree, rules: Rules) -> Tree:
       >>> {path: leaf.shape for path, leaf in paths.flatten(small).items()}
       {'dense/bias': (64,), 'dense/kernel/codes': (3, 32), 'dense/kernel/absmax': (3, 1)}
     """
+    treedef: Any
     keys_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     kinds = treedef.flatten_up_to(paths.match(rules, params, what="quantize"))
     named = [(paths.path_of(keys), leaf, kind) for (keys, leaf), kind in zip(keys_and_leaves, kinds, strict=True)]
@@ -233,6 +234,7 @@ def _variable(module: nn.Module, name: str) -> Any:
 def _run_plain(module: nn.Module, method: str, args: Any, kwargs: Any) -> Any:
     bare, own = module.clone(parent=None), getattr(module, "dtype", None)
     dtype = jnp.result_type(args[0]) if own is None else own
+    treedef: Any
     given, treedef = jax.tree.flatten((args, kwargs))
     arrays = {str(i): x for i, x in enumerate(given) if isinstance(x, (jax.Array, np.ndarray))}
 
