@@ -20,6 +20,6 @@ def get_config() -> Config:
         corpus=Corpus(name="vader", domain="movies", path="vaderSentiment-3.3.2.tar.gz"),
         data=TextRows(length=48, batch_size=32),
         optimizer=Optimizer(learning_rate=1e-4, warmup=Duration("0.1 epochs"), weight_decay=0.01, clip_norm=1.0),
-        loop=Loop(length=Duration("2 epochs"), eval_every=Duration("1 epoch"), checkpoint_every=Duration("1 epoch")),
+        loop=Loop(length=Duration("1 epoch"), eval_every=Duration("1 epoch"), checkpoint_every=Duration("1 epoch")),
         out="runs/minilm_full",
     )
