@@ -64,6 +64,9 @@ def test_a_step_moves_adapters_and_no_bit_of_the_base():
         losses.append(metrics["loss"].finish())
     assert losses[-1] < losses[0]
     assert state.extra == {}
+    moments = [path for path, leaf in flatten(state.opt_state).items() if leaf.ndim]
+    assert len(moments) == 2 * len(flatten(params["adapters"]))
+    assert all("/adapters/" in path for path in moments)
     before, after = flatten(params), flatten(state.params)
     assert before.keys() == after.keys()
     for path, leaf in after.items():

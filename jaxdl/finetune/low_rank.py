@@ -150,7 +150,7 @@ def _branch(call: Call, x: Array, a: Array, b: Array, scale: float) -> Array:
         if not isinstance(module, nn.Conv):
             plain |= {"dot_general": None, "dot_general_cls": None}
         low = module.clone(parent=None, **plain).apply({"params": {"kernel": a}}, x)
-    return jnp.tensordot(low * jnp.asarray(scale, low.dtype), last, 1)
+    return jnp.tensordot(low * jnp.asarray(scale, low.dtype), last, 1, precision=getattr(module, "precision", None))
 
 
 def _directed(module: nn.Module, y: Array, a: Array, b: Array, scale: float, magnitude: Array) -> Array:
