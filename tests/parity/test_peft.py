@@ -48,6 +48,7 @@ CONFIGS = {
     "GPT2LMHeadModel": ("GPT2Config", GPT2),
     "GPT2Model": ("GPT2Config", GPT2),
     "LlamaForCausalLM": ("LlamaConfig", {**TEXT, **TOKENS, "num_key_value_heads": 1, "tie_word_embeddings": False}),
+    "GemmaForCausalLM": ("GemmaConfig", {**TEXT, **TOKENS, "num_key_value_heads": 1, "head_dim": 4}),
     "T5ForConditionalGeneration": ("T5Config", T5),
     "LlamaModel": ("LlamaConfig", {**TEXT, **TOKENS, "num_hidden_layers": 11}),
     "ViTForImageClassification": ("ViTConfig", {**IMAGE, "num_labels": 3}),
@@ -56,6 +57,7 @@ CONFIGS = {
         "CLIPConfig",
         {"text_config": {**TEXT, "eos_token_id": 18}, "vision_config": IMAGE, "projection_dim": 8},
     ),
+    "CLIPTextModel": ("CLIPTextConfig", {**TEXT, "eos_token_id": 18}),
     "CLIPVisionModel": ("CLIPVisionConfig", IMAGE),
 }
 MATRICES = [(".*embedding", None), (".*", 2)]
@@ -67,7 +69,7 @@ CASES = [
     *((name, "DoRA") for name in ("ViTForImageClassification", "LlamaForCausalLM")),
     ("T5ForConditionalGeneration", "rank-stabilised"),
 ]
-APART = {"LlamaModel", *(name for name, _ in CASES)}
+APART = {"LlamaModel", "GemmaForCausalLM", *(name for name, _ in CASES)}
 CASES += [(name, "plain") for name in CONFIGS if name not in APART]
 
 
@@ -223,6 +225,7 @@ def test_an_adapter_that_was_trained_here(tmp_path):
         ("BertForMaskedLM", {"bert.embeddings.word_embeddings", "cls.predictions.decoder"}),
         ("GPT2LMHeadModel", {"transformer.wte", "lm_head"}),
         ("LlamaForCausalLM", {"model.embed_tokens"}),
+        ("GemmaForCausalLM", {"model.embed_tokens", "lm_head"}),  # its table is scaled where it is read
         ("T5ForConditionalGeneration", {"encoder.embed_tokens", "decoder.embed_tokens", "lm_head"}),
     ],
 )
