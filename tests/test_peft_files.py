@@ -322,6 +322,13 @@ def test_a_quantised_base(tmp_path):
     second, _ = written(tmp_path / "b", model, again, found)
     assert_same(second, tensors)
     assert "encoder/layer_0/key/kernel/codes" in json.loads((tmp_path / "b" / BASE).read_text())
+    text = refused(tmp_path / "c", model, again, found, saved=["encoder/layer_1/output/bias"])
+    assert "encoder/layer_1/output/kernel is to be written whole, but is quantised" in text
+    written(tmp_path / "d", model, params, settings, saved=["encoder/layer_1/output/bias"])
+    with pytest.raises(
+        PretrainedError, match="encoder/layer_1/output/kernel is replaced by the file, but is quantised"
+    ):
+        load_peft(tmp_path / "d", model, small, family=TOY)
 
 
 def test_what_has_no_form_in_peft_is_listed(tmp_path):
@@ -360,6 +367,7 @@ def test_saved_rules_and_adapters_do_not_meet(tmp_path):
     params = adapted_params(model, settings)
     text = refused(tmp_path / "a", model, params, settings, saved=["haed/.*", "encoder/layer_0/query/bias"])
     assert "saved rule 'haed/.*' matches nothing; nearest paths: head/bias" in text
+    assert "saved='head/.*' is no list" in refused(tmp_path / "a", model, params, settings, saved="head/.*")
     assert (
         "encoder/layer_0/query/kernel, encoder/layer_0/key/kernel, encoder/layer_0/value/kernel: toy.h.0.attn has an"
         in text

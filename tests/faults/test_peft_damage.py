@@ -99,6 +99,22 @@ def test_every_unsupported_setting_is_in_one_message(folder, base):
     assert "path_initial_model_for_weight_conversion" in text
 
 
+def test_settings_of_a_wrong_kind(folder, base):
+    wrong = {
+        "rank_pattern": [1],
+        "alpha_pattern": "a",
+        "target_modules": [1],
+        "exclude_modules": {"a": 1},
+        "modules_to_save": "head",
+        "layers_to_transform": ["1"],
+        "layers_pattern": 3,
+    }
+    change_config(folder, **wrong)
+    text = refused(folder, base)
+    assert text.startswith(f"{folder / CONFIG}: 7 problem(s)")
+    assert all(f"{name}={value!r} must be a" in text for name, value in wrong.items())
+
+
 @pytest.mark.parametrize(
     "fields",
     [

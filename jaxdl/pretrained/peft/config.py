@@ -32,6 +32,10 @@ _WITHOUT_EFFECT = {
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
     *("megatron_core", "qalora_group_size", "runtime_config", "fan_in_fan_out", "eva_config", "ensure_weight_tying"),
 }
+_NAMES = {  # lists of these, or one of them
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), str),
+    "layers_to_transform": int,
+}
 _EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 
 
@@ -90,13 +94,27 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         for name, value in others.items()
         if value not in _EMPTY
     ]
-    return problems + _wrong_values(config)
+    return problems + (_wrong_kinds(config) or _wrong_values(config))
+
+
+def _wrong_kinds(config: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"{name}={config[name]!r} must be an object of names and numbers."
+        for name in ("rank_pattern", "alpha_pattern")
+        if not isinstance(config[name], dict)
+    ]
+    for name, kinds in _NAMES.items():
+        value = config.get(name)
+        is_list = isinstance(value, list) and all(isinstance(item, kinds) for item in value)
+        if not (value is None or is_list or (isinstance(value, kinds) and name != "modules_to_save")):
+            problems.append(f"{name}={value!r} must be a list of {kinds.__name__}.")
+    return problems
 
 
 def _wrong_values(config: Mapping[str, Any]) -> list[str]:
-    ranks = {"r": config["r"]} | {f"rank_pattern[{key!r}]": rank for key, rank in dict(config["rank_pattern"]).items()}
+    ranks = {"r": config["r"]} | {f"rank_pattern[{key!r}]": rank for key, rank in config["rank_pattern"].items()}
     alphas = {"lora_alpha": config["lora_alpha"]}
-    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in dict(config["alpha_pattern"]).items()}
+    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in config["alpha_pattern"].items()}
     problems = [f"{name}={x!r} must be an int of at least 1." for name, x in ranks.items() if not _is_positive(x, int)]
     problems += [f"{name}={x!r} must be positive." for name, x in alphas.items() if not _is_positive(x, (int, float))]
     rate = config["lora_dropout"]
@@ -104,7 +122,7 @@ def _wrong_values(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"lora_dropout={rate!r} must be at least 0 and less than 1.")
     for pattern in _patterns(config):
         try:
-            re.compile(str(pattern))
+            re.compile(pattern)
         except re.error as error:
             problems.append(f"{pattern!r} is not a regular expression: {error}.")
     return problems
@@ -114,7 +132,7 @@ def _is_positive(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and value > 0
 
 
-def _patterns(config: Mapping[str, Any]) -> list[Any]:
+def _patterns(config: Mapping[str, Any]) -> list[str]:
     strings = [config.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
     found = [*config["rank_pattern"], *config["alpha_pattern"], *(config.get("modules_to_save") or [])]
     return found + [text for text in strings if isinstance(text, str)]

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from jaxdl.finetune.adapters import COLLECTION, nest
 from jaxdl.finetune.lora import Lora
 from jaxdl.paths import Rules, Tree, claim, flatten
+from jaxdl.pretrained.entries import Entry
 from jaxdl.pretrained.family import Family
 from jaxdl.pretrained.ledger import Ledger, PretrainedError, shortened, sizes_of
 from jaxdl.pretrained.mapping import to_params
@@ -63,7 +64,7 @@ def load_peft(
     if not file.modules and not file.problems:
         problems.append("the file holds no adapter, only whole leaves; give the folder of a LoRA.")
     if not problems:
-        problems = [*base_problems(path, params), *tie_problems(file, config)]
+        problems = [*_quantised(file, found, params), *base_problems(path, params), *tie_problems(file, config)]
     if problems:
         raise PretrainedError.listing(f"{path} does not fit the model", problems)
     settings = Lora(
@@ -81,7 +82,7 @@ def load_peft(
     settings = dataclasses.replace(settings, rules=_rules(ranks, found.matrices))
     flat = {_beside(own, name): leaf for own, leaves in adapters.items() for name, leaf in leaves.items()}
     whole, ledger = _whole(file, found, params)
-    tree = {**_with_leaves(params, whole), COLLECTION: nest({name: jnp.asarray(x) for name, x in flat.items()})}
+    tree = {**_with_leaves(params, whole), COLLECTION: nest({name: jnp.array(x) for name, x in flat.items()})}
     return tree, settings, _with_adapters(ledger, pairs, file, str(path))
 
 
@@ -147,10 +148,21 @@ def _rules(ranks: Mapping[str, int], matrices: Sequence[str]) -> Rules:
     return tuple(rules.items())
 
 
+def _entries(file: File, found: Outline) -> list[Entry]:
+    """The lines of the map that fill the leaves which the file replaces."""
+    names = {file.sources.get(name, name) for name in file.whole}
+    return [entry for entry in found.lines if names & {*entry.tensors}]
+
+
+def _quantised(file: File, found: Outline, params: Tree) -> Iterator[str]:
+    flat = flatten(params)
+    for path in (path for entry in _entries(file, found) for path in entry.paths if own_path(path, flat) not in flat):
+        yield f"{path} is replaced by the file, but is quantised in params; quantise after loading."
+
+
 def _whole(file: File, found: Outline, params: Tree) -> tuple[dict[str, np.ndarray], Ledger]:
     """The leaves that the file replaces, by the paths of the unrolled model."""
-    tensors = {file.sources.get(name, name): x for name, x in file.whole.items()}
-    entries = [entry for entry in found.lines if tensors.keys() & {*entry.tensors}]
+    tensors, entries = {file.sources.get(name, name): x for name, x in file.whole.items()}, _entries(file, found)
     flat = flatten(params)
     like = {
         path: jax.ShapeDtypeStruct(found.leaves[path].shape, flat[own_path(path, flat)].dtype)
@@ -166,7 +178,7 @@ def _with_leaves(params: Tree, leaves: Mapping[str, np.ndarray]) -> Tree:
     for path, leaf in leaves.items():
         own = own_path(path, flat)
         if own == path:
-            flat[path] = jnp.asarray(leaf)
+            flat[path] = jnp.array(leaf)
         else:
             flat[own] = jnp.asarray(flat[own]).at[layer_of(path)].set(leaf)
     return jax.tree.unflatten(jax.tree.structure(params), list(flat.values()))

@@ -8,11 +8,11 @@ import numpy as np
 
 from jaxdl.finetune.adapters import COLLECTION
 from jaxdl.finetune.lora import Lora
-from jaxdl.paths import Tree, claim
+from jaxdl.paths import Tree, claim, flatten
 from jaxdl.pretrained.entries import Entry
 from jaxdl.pretrained.family import Family, family_of, find_family
 from jaxdl.pretrained.ledger import near
-from jaxdl.pretrained.peft.base import unrolled_leaves
+from jaxdl.pretrained.peft.base import own_path, unrolled_leaves
 from jaxdl.pretrained.peft.config import TASK_MODULES, task_of
 from jaxdl.pretrained.peft.factors import Pair, join_pairs
 from jaxdl.pretrained.peft.outline import LEAVES, Outline, base_mismatch, outline
@@ -79,15 +79,21 @@ def make_plan(
         modules = [_module(plan, place, pairs, settings) for place in found.places]
         plan = plan._replace(modules=[module for module in modules if module is not None])
         problems += [problem for module in plan.modules for problem in _module_problems(module, pairs, settings)]
+    if isinstance(saved, str):
+        return plan, [*problems, f"saved={saved!r} is no list of regular expressions; give a list of str."]
     chosen, more = claim(saved, found.leaves, what="saved rule")
     plan = _keep_whole(plan, set(chosen))
-    return plan, problems + more + list(_saved_problems(plan, chosen))
+    flat = flatten(params)
+    plain = [path for path in found.leaves if own_path(path, flat) in flat]
+    return plan, problems + more + list(_saved_problems(plan, chosen, plain))
 
 
-def _saved_problems(plan: Plan, chosen: Collection[str]) -> Iterator[str]:
+def _saved_problems(plan: Plan, chosen: Collection[str], plain: Collection[str]) -> Iterator[str]:
     held = {path for entry in plan.outline.lines for path in entry.paths}
     for path in (path for path in chosen if path not in held):
         yield f"{path} has no tensor in this family's map; leave it out of saved."
+    for path in (path for entry in plan.whole for path in entry.paths if path not in plain):
+        yield f"{path} is to be written whole, but is quantised; give the base with that leaf as it was."
     for module in (module for module in plan.modules if is_below(module.name, reached(plan, plan.kept))):
         yield (
             f"{', '.join(module.place.paths)}: {module.name} has an adapter and is to be written whole, and PEFT does "
@@ -182,6 +188,7 @@ def reached(plan: Plan, kept: Sequence[str]) -> set[str]:
 
 
 def all_modules(plan: Plan) -> set[str]:
+    """The modules of transformers that hold a tensor of the map, and those around them, by their names in memory."""
     known = plan.outline.known
     names = [name for entry in plan.outline.lines for name in entry.tensors] + [tie.tensor for tie in known.tied]
     return modules_above(plan.name(name) for name in names)
