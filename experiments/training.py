@@ -145,7 +145,8 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
 def _seal(folder: Path, frozen: Frozen, state: TrainState) -> None:
     """States that nothing else moved, and writes what did."""
     params = eval_params(state.opt_state, state.params)
-    print(frozen.check(params, state.extra))
+    if frozen.hashes:
+        print(frozen.check(params, state.extra))
     shutil.rmtree(folder / "delta", ignore_errors=True)
     save_delta(folder / "delta", params, state.extra, frozen)
     print(f"delta         {folder / 'delta'}, for jaxdl.finetune.delta.load_delta")
