@@ -115,9 +115,9 @@ def make_preference_loss_fn(
 
     def loss_fn(params: Tree, extra: Tree, batch: Mapping[str, Any], rng: Array) -> LossOut:
         _check_batch(batch)
-        reference = (
-            batch.get(REFERENCE) if reference_fn is None else score_pairs(reference_fn, params, extra, batch, rng)
-        )
+        reference: Mapping[str, Array] = batch.get(REFERENCE, {})
+        if reference_fn is not None:
+            reference = score_pairs(reference_fn, params, extra, batch, rng)
         policy = {name: tree for name, tree in params.items() if name != REFERENCE}
         scores = score_pairs(log_prob_fn, policy, extra, batch, rng)
         _check_reference(reference, scores)
@@ -139,8 +139,8 @@ def _metrics(ratio: Mapping[str, Array], margin_B: Array, weight: Array | None, 
     }
 
 
-def _check_reference(reference: Any, scores: Mapping[str, Array]) -> None:
-    found = {side: getattr((reference or {}).get(side), "shape", "missing") for side in SIDES}
+def _check_reference(reference: Mapping[str, Array], scores: Mapping[str, Array]) -> None:
+    found = {side: getattr(reference.get(side), "shape", "missing") for side in SIDES}
     if wrong := {side: found[side] for side in SIDES if found[side] != scores[side].shape}:
         told = " and ".join(f"{side} {shape}" for side, shape in wrong.items())
         shape = scores["chosen"].shape

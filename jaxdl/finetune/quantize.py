@@ -191,7 +191,8 @@ def with_quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Lets a function read a quantised base: a loss, or anything else that applies Linen modules.
 
     Args:
-      fn: such as a `loss_fn`, or `model.apply`. Wrap it before `jax.jit`.
+      fn: such as a `loss_fn`, or `model.apply`. Wrap it before `jax.jit`. Not one of `with_adapters` or `adapted`: they
+        read a quantised base by themselves, and this would stand in front of the adapters.
 
     Example:
       >>> model = nn.Dense(64)
