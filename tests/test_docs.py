@@ -38,7 +38,10 @@ PLACES = ("jaxdl", "experiments", "configs", "docs", "tests", "benchmarks")
 PATH_IN_BACKTICKS = re.compile(rf"`((?:{'|'.join(PLACES)})/[\w./-]*|Makefile|pyproject\.toml)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]*)\)")
 COMMAND = re.compile(r"python -m (experiments\.\w+)([^\n`]*)")
-OWN_FOLDERS, OWN_FILES = ("FOLDER", "TRAIN_FOLDER", "TEST_FOLDER"), ("TRAIN.csv", "TEST.csv", "TEXTS.jsonl")
+OWN_FOLDERS, OWN_FILES = (
+    ("FOLDER", "TRAIN_FOLDER", "TEST_FOLDER"),
+    ("TRAIN.csv", "TEST.csv", "TEXTS.jsonl", "vaderSentiment-3.3.2.tar.gz"),
+)
 
 
 def name(page):
@@ -138,6 +141,7 @@ def parse_command(experiment, words, folder):
     """Parses a command line of the documentation; nothing is trained."""
     for own in OWN_FOLDERS:
         (folder / own).mkdir(exist_ok=True)
+        (folder / own / "config.json").touch()  # as a run folder and a pretrained one have it
     for own in OWN_FILES:
         (folder / own).touch()
     argv = [re.sub(rf"\b({'|'.join(OWN_FOLDERS + OWN_FILES)})$", lambda own: str(folder / own[0]), word)
