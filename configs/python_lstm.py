@@ -2,7 +2,8 @@
 
 Needs the extra `text` (pip install 'jaxdl[text]').
 Command: python -m experiments.language_model --config configs/python_lstm.py
-Not measured.
+Measured on two cores of an AMD EPYC shared with other work, JAX 0.10.2, on the library of Python 3.11.7 (730 files):
+1.85 bits per byte of held-out files after 15 min 20 s (5 min of processor time), 1,576,960 parameters.
 """
 
 from experiments.language_model import Config

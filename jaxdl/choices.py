@@ -39,11 +39,13 @@ def shown() -> Iterator[None]:
     handler = _ToStandardError()
     _LOGGER.addHandler(handler)
     _LOGGER.setLevel(logging.INFO)
+    _LOGGER.propagate = False  # other libraries give the root logger a handler, which would say it again
     try:
         yield
     finally:
         _LOGGER.removeHandler(handler)
         _LOGGER.setLevel(logging.NOTSET)
+        _LOGGER.propagate = True
 
 
 class _ToStandardError(logging.Handler):

@@ -57,10 +57,11 @@ def test_a_combination_that_the_configuration_itself_refuses(capsys):
 
 def test_choices_are_shown_while_an_experiment_runs_unless_the_logger_is_the_users_own(capsys, caplog):
     logger = logging.getLogger("jaxdl")
-    before = logger.handlers[:], logger.level
+    before = logger.handlers[:], logger.level, logger.propagate
     assert run_command(Config, lambda parsed: tell("attention", "xla", "a first reason"), []) == 0
     assert capsys.readouterr() == ("", "attention: xla (a first reason)\n")
-    assert (logger.handlers, logger.level) == before
+    assert caplog.records == []  # the root logger does not say it again
+    assert (logger.handlers, logger.level, logger.propagate) == before
     tell("attention", "xla", "a second reason")
     with caplog.at_level("WARNING", logger="jaxdl"):
         assert run_command(Config, lambda parsed: tell("attention", "xla", "a third reason"), []) == 0

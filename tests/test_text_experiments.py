@@ -15,6 +15,9 @@ from jaxdl.command import run_command
 from jaxdl.config import ConfigError, parse
 from jaxdl.data.text import ByteTokenizer, Documents, Tokenizer, encode_tags
 from jaxdl.errors import JaxdlError
+from jaxdl.models.apply import init_model
+from jaxdl.models.bert import Bert, bert_block
+from jaxdl.pretrained import save
 from jaxdl.report import read_history
 
 pytest.importorskip("tokenizers")
@@ -94,6 +97,7 @@ def test_the_shipped_config_runs(config, corpora, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"report        {tmp_path}/report.html" in out
     assert re.search(r"test (accuracy|bits per byte) [\d.]+", out)
+    assert ("words scored  100.00 %" in out) == (module is tag_tokens)
     assert (tmp_path / "checkpoints" / "2" / "manifest.json").exists()
     history = read_history(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in history if "train/loss" in row] == [1, 2]
@@ -144,14 +148,12 @@ def test_windows_count_the_bytes_of_their_targets(tokenizer):
             assert rows[i]["n_bytes"] == len(written.encode())
 
 
-def test_words_beyond_the_length_are_said_to_be_unscored(corpora, tmp_path, capsys):
+def test_words_beyond_the_length_are_not_scored(corpora, tmp_path):
     [config] = [config for config in RUN if config.stem == "brown_tags"]
-    assert run_command(tag_tokens.Config, tag_tokens.experiment, shrunk(config, tag_tokens, corpora, tmp_path)) == 0
-    assert "words scored  100.00 %" in capsys.readouterr().out
-    short = parse(tag_tokens.Config, shrunk(config, tag_tokens, corpora, tmp_path, "data.length=6")).config
+    short = parse(tag_tokens.Config, shrunk(config, tag_tokens, corpora, tmp_path, "data.length=4")).config
     parts = text_rows.load_parts(short.corpus, short.data)
     made = text.make_tokenizer(short.tokenizer, parts["train"], tmp_path)
-    rows = encode_tags(parts["test"], made, 6, tag_names=parts["test"].about["tag_names"])
+    rows = encode_tags(parts["test"], made, 4, tag_names=parts["test"].about["tag_names"])
     assert 0 < tag_tokens.share_scored(rows, parts["test"]) < 1
 
 
@@ -166,6 +168,27 @@ def test_a_classifier_of_ones_own_jsonl(tmp_path, capsys):
     assert run_command(classify_text.Config, classify_text.experiment, words) == 0
     assert float(re.search(r"test accuracy ([\d.]+) %", capsys.readouterr().out)[1]) > 90  # half would be luck
     assert "glad" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_pretrained_folder_gets_a_new_head_and_keeps_its_tokenizer(tmp_path, capsys):
+    texts = [f"{word} number {i}" for i in range(20) for word, _ in MOODS]
+    tokenizer = Tokenizer.train(texts, kind="wordpiece", vocab_size=80)
+    block = bert_block(8, 2, 12)
+    model = Bert(block, n_layers=1, vocab_size=tokenizer.vocab_size, n_positions=16, head="masked_lm")
+    params, _ = init_model(model, jax.random.key(0), np.ones((1, 4), np.int32))
+    save(tmp_path / "folder", model, params, tokenizer)
+    rows = [{"text": text, "mood": MOODS[i % 2][1]} for i, text in enumerate(texts)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["corpus.name=jsonl", f"corpus.path={tmp_path / 'own.jsonl'}", "corpus.label_field=mood"]
+    flags += [f"pretrained={tmp_path / 'folder'}", "fresh=head/.*,pooler/.*", r"drop=cls\..*"]
+    flags += ["trainable=(('head/.*',True),('.*',False))", "data.length=12", "data.batch_size=8", "loop.length=2"]
+    flags += ["data.eval_batch_size=8", "hardware.devices=1", f"out={tmp_path / 'run'}"]
+    words = [f"--config.{flag}" for flag in flags]
+    assert run_command(classify_text.Config, classify_text.experiment, words) == 0
+    out = capsys.readouterr().out
+    assert "fresh 4: head/bias, head/kernel, pooler/bias, pooler/kernel" in out
+    assert re.search(r"head/kernel +\(8, 2\) +float32 +16 +yes", out)
+    assert re.search(r"pooler/kernel +\(8, 8\) +float32 +64 +no", out)
 
 
 MOODS = (("bright", "glad"), ("gloomy", "sad"))
