@@ -11,66 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jaxdl import paths
 from jaxdl.errors import JaxdlError
+from jaxdl.finetune.codes import NF4, SMALLEST_BLOCK, Quantized, block_size, decode, encode, is_quantized
 from jaxdl.paths import Rules, Tree, nearest
 
-BLOCK = 64
-SMALLEST_BLOCK = 8
 KINDS = ("int8", "nf4", "bfloat16")
 NAMES = ("kernel", "embedding")
-
-# 4-bit NormalFloat: quantiles of a normal distribution, scaled to [-1, 1] (Dettmers et al. 2023, appendix E).
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-
-
-class Quantized(flax.struct.PyTreeNode):
-    """A matrix in blocks along its last axis, each with its largest absolute value. The dtype of the codes is the kind.
-
-    Leading axes are those of the matrix, so a stack of layers can be sliced by `nn.scan`.
-
-    Attributes:
-      codes: int8 (..., n): the value is `codes / 127` of the block's largest; or, for NF4, uint8 (..., n / 2): two
-        numbers of values in `NF4`, the first in the high four bits.
-      absmax: uint32 (..., n / block), the bits of the float32 largest absolute value of each block.
-    """
-
-    codes: Array
-    absmax: Array
-
-    @property
-    def kind(self) -> str:
-        """ "int8" or "nf4"."""
-        return "int8" if self.codes.dtype == jnp.int8 else "nf4"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the matrix."""
-        *leading, last = self.codes.shape
-        return (*leading, last if self.kind == "int8" else 2 * last)
+__all__ = ["NF4", "Quantized", "bytes_held", "dequantize", "quantize", "run_quantized", "with_quantized"]
 
 
 def quantize(params: Tree, rules: Rules) -> Tree:
@@ -104,7 +56,7 @@ def quantize(params: Tree, rules: Rules) -> Tree:
     problems = [problem for path, leaf, kind in named if (problem := _problem(path, leaf, kind))]
     if problems:
         raise JaxdlError.listing("quantize", problems)
-    return treedef.unflatten([_encode(leaf, kind) for _, leaf, kind in named])
+    return treedef.unflatten([leaf if kind is None else encode(leaf, kind) for _, leaf, kind in named])
 
 
 def _problem(path: str, leaf: Any, kind: Any) -> str | None:
@@ -121,30 +73,10 @@ def _problem(path: str, leaf: Any, kind: Any) -> str | None:
         return f"{path} belongs to an adapter, which trains, and codes cannot. Put ('adapters/.*', None) first."
     if path.rpartition("/")[2] not in NAMES or len(leaf.shape) < 2:
         return f"{path} {list(leaf.shape)} is no matrix named kernel or embedding. Give it None or 'bfloat16'."
-    if (block := _block(leaf.shape[-1])) < SMALLEST_BLOCK:
+    if (block := block_size(leaf.shape[-1])) < SMALLEST_BLOCK:
         rule = f"it must be a multiple of {SMALLEST_BLOCK}"
         return f"{path} has a last axis of {leaf.shape[-1]}, in blocks of {block}; {rule}. Give it None or 'bfloat16'."
     return None
-
-
-def _block(n: int) -> int:
-    return min(BLOCK, n & -n)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _encode(leaf: Array, kind: str | None) -> Any:
-    if kind is None or kind == "bfloat16":
-        return leaf if kind is None else leaf.astype(jnp.bfloat16)
-    blocks = leaf.astype(jnp.float32).reshape(*leaf.shape[:-1], -1, _block(leaf.shape[-1]))
-    absmax = jnp.max(jnp.abs(blocks), axis=-1)
-    unit = (blocks / jnp.where(absmax == 0, 1.0, absmax)[..., None]).reshape(leaf.shape)
-    if kind == "int8":
-        codes = jnp.round(unit * 127).astype(jnp.int8)
-    else:
-        steps = jnp.asarray(NF4)
-        nearest_step = jnp.searchsorted((steps[1:] + steps[:-1]) / 2, unit).astype(jnp.uint8)
-        codes = nearest_step[..., 0::2] << 4 | nearest_step[..., 1::2]
-    return Quantized(codes, jax.lax.bitcast_convert_type(absmax, jnp.uint32))
 
 
 def dequantize(tree: Tree, dtype: Any = jnp.float32) -> Tree:
@@ -159,22 +91,7 @@ def dequantize(tree: Tree, dtype: Any = jnp.float32) -> Tree:
       >>> [round(float(x), 2) for x in dequantize(quantize(params, [("kernel", "nf4")]))["kernel"][0]]
       [-2.0, 0.49, 0.0, 0.0, 0.0, 0.0, 0.0, 0.88]
     """
-    return jax.tree.map(lambda x: _decode(x, dtype) if _is_quantized(x) else x, tree, is_leaf=_is_quantized)
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, Quantized)
-
-
-def _decode(leaf: Quantized, dtype: Any) -> Array:
-    absmax, codes, shape = jax.lax.bitcast_convert_type(leaf.absmax, jnp.float32), leaf.codes, leaf.shape
-    if leaf.kind == "int8":
-        values, absmax = codes.astype(jnp.float32), absmax / 127
-    else:
-        pairs = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(shape)
-        values = jnp.asarray(NF4).at[pairs].get(mode="promise_in_bounds")
-    blocks = values.reshape(*absmax.shape, -1) * absmax[..., None]
-    return blocks.reshape(shape).astype(dtype)
+    return jax.tree.map(lambda x: decode(x, dtype) if is_quantized(x) else x, tree, is_leaf=is_quantized)
 
 
 def bytes_held(tree: Tree) -> int:
@@ -218,7 +135,7 @@ def run_quantized(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: 
     """
     module, method = context.module, context.method_name
     held = {name: value for name in NAMES if (value := _variable(module, name)) is not None}
-    if not any(map(_is_quantized, held.values())):
+    if not any(map(is_quantized, held.values())):
         return next_fn(*args, **kwargs)
     if isinstance(module, nn.Embed):
         return _run_embed(module, method, held["embedding"], args)
@@ -279,9 +196,9 @@ def _wait(params: Tree, after: Any) -> Tree:
     never = (number > 0) & (number < 0)
 
     def wait(leaf: Any) -> Any:
-        return leaf.replace(codes=jnp.where(never, 0, leaf.codes)) if _is_quantized(leaf) else leaf
+        return leaf.replace(codes=jnp.where(never, 0, leaf.codes)) if is_quantized(leaf) else leaf
 
-    return jax.tree.map(wait, params, is_leaf=_is_quantized)
+    return jax.tree.map(wait, params, is_leaf=is_quantized)
 
 
 def _run_embed(module: nn.Embed, method: str, table: Quantized, args: Any) -> Any:
