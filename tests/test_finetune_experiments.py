@@ -178,7 +178,9 @@ def test_gradual_unfreezing_goes_on_where_it_was_stopped(folder, reviews, tmp_pa
     command = [sys.executable, "-m", "experiments.finetune_text", *all_flags(tmp_path / "stopped")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for _ in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         log = tmp_path / "stopped" / "metrics.jsonl"
         deadline = time.monotonic() + 240
         n_rows = len(log.read_text().splitlines()) if log.exists() else 0
