@@ -2,7 +2,8 @@
 
 Needs the extra `text` (pip install 'jaxdl[text]').
 Command: python -m experiments.classify_text --config configs/python_packages.py
-Not measured.
+Measured on two cores of an AMD EPYC shared with other work, JAX 0.10.2, on the library of Python 3.11.7:
+test accuracy 87.76 % after 13 min 36 s (6 min of processor time), 955,272 parameters.
 """
 
 from experiments.classify_text import Config

