@@ -2,7 +2,7 @@
 
 Needs the weights and the text, two files of the Python package index; docs/finetuning.md says how to get them.
 Command: python -m experiments.finetune_text --config configs/minilm_qlora.py
-Not measured yet.
+Not measured.
 """
 
 import dataclasses
