@@ -1,5 +1,6 @@
 """Attention and positions against loops in NumPy float64 and closed forms."""
 
+import itertools
 import logging
 import math
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdl.choices import tell
-from jaxdl.models import ModelError
+from jaxdl.models import ModelError, attention
 from jaxdl.models.attention import Sight, attend
 from jaxdl.models.positions import Rotary, alibi_slopes, distances, relative_buckets, rotate, sinusoids
 
@@ -71,11 +72,44 @@ def test_padding_and_documents_are_not_seen():
     np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
-def test_a_query_that_sees_nothing_gets_no_nan():
+def test_a_query_that_sees_nothing_gets_the_mean_and_no_nan():
     x = jnp.ones((1, 2, 1, 2))
     y, grad = jax.value_and_grad(lambda x: attend(x, x, x, mask=jnp.zeros((1, 1, 2, 2), bool), scale=1.0).sum())(x)
     assert float(y) == 4.0
     assert bool(jnp.isfinite(grad).all())
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("n_groups", [1, 2])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_keys_beyond_a_block_of_queries_are_left_out_and_nothing_else(n_groups, is_padded, window, monkeypatch):
+    """A sum over fewer keys is the same sum: what is left out had the weight 0."""
+    monkeypatch.setattr(attention, "LEAST_BLOCK", 4)
+    q, (k, v) = RNG.standard_normal((2, 16, 2, 3)), RNG.standard_normal((2, 2, 16, n_groups, 3))
+    key_mask = jnp.arange(16)[None] >= jnp.array([[0], [5]]) if is_padded else None
+    bias = jnp.asarray(RNG.standard_normal((1, 2, 16, 16)))
+    sight, weight = Sight(jnp.arange(16), jnp.arange(16), key_mask), RNG.standard_normal((2, 16, 2, 3))
+    weight = weight * (1 if key_mask is None else np.asarray(key_mask)[..., None, None])
+
+    def loss(q, k, v, is_causal):
+        mask = sight.mask(is_causal=True, window=window)
+        return (attend(q, k, v, mask=mask, bias=bias, scale=0.7, is_causal=is_causal) * weight).sum()
+
+    with jax.enable_x64(True):
+        grads = [jax.value_and_grad(loss, (0, 1, 2))(*map(jnp.asarray, (q, k, v)), known) for known in (False, True)]
+        made = jax.make_jaxpr(lambda q: loss(q, k, v, True))(jnp.asarray(q))
+    assert str(made).count(" exp ") == attention.BLOCKS  # so many softmaxes: the blocks are really there
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *grads)
+
+
+@pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 6), (1, 4))), ids=str)
+@pytest.mark.parametrize("n_groups", [1, 3, 6])
+def test_a_bias_in_rows_is_the_bias(shape, n_groups):
+    b, h, t = shape
+    bias = jnp.asarray(RNG.standard_normal((b, h, t, 5)))
+    whole = jnp.broadcast_to(bias, (2, 6, 4, 5)).reshape(2 * n_groups, 6 // n_groups * 4, 5)
+    rows = attention._in_rows(bias, (2, 6, 4, 8), n_groups)
+    np.testing.assert_array_equal(jnp.broadcast_to(rows, whole.shape), whole)
 
 
 def test_heads_that_do_not_divide_and_an_impossible_implementation():

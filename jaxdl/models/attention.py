@@ -15,6 +15,7 @@ from jaxdl.models.checks import ModelError
 from jaxdl.models.positions import distances
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+BLOCKS, LEAST_BLOCK = 4, 32
 
 
 class Sight(NamedTuple):
@@ -69,6 +70,7 @@ def attend(
     softcap: float | None = None,
     dropout_fn: Any = None,
     implementation: str = "auto",
+    is_causal: bool = False,
 ) -> Array:
     """Softmax attention (Vaswani et al. 2017, eq. 1), multi-, grouped- (Ainslie et al. 2023) or multi-query.
 
@@ -81,6 +83,7 @@ def attend(
       softcap: scores become `softcap * tanh(scores / softcap)`.
       dropout_fn: applied to the probabilities, (B, H, T, S).
       implementation: "xla", "cudnn" (flash attention on an NVIDIA GPU) or "auto", which says in the log what it took.
+      is_causal: the mask lets no query see keys beyond its own place (T = S), so that work on those can be left out.
 
     Returns:
       (B, T, H, K), the dtype of the values.
@@ -100,7 +103,9 @@ def attend(
         return jax.nn.dot_product_attention(
             query_BTHK, key_BSGK, value_BSGK, bias=bias, mask=mask, scale=scale, implementation="cudnn"
         )
-    return _attend_xla(query_BTHK, key_BSGK, value_BSGK, mask, bias, scale, softcap, dropout_fn)
+    added = _added(mask, bias, jnp.promote_types(query_BTHK.dtype, jnp.float32))
+    n_blocks = _n_blocks(query_BTHK.shape[1], key_BSGK.shape[1], dropout_fn, is_causal)
+    return _attend_xla(query_BTHK, key_BSGK, value_BSGK, added, scale, softcap, dropout_fn, n_blocks)
 
 
 def _choose(implementation: str, query_BTHK: Array, softcap: float | None, dropout_fn: Any) -> str:
@@ -129,28 +134,76 @@ def _attend_xla(
     query_BTHK: Array,
     key_BSGK: Array,
     value_BSGK: Array,
-    mask: Array | None,
     bias: Array | None,
     scale: float,
     softcap: float | None,
     dropout_fn: Any,
+    n_blocks: int,
 ) -> Array:
-    """One batched product over (B G, R T, K): XLA on a CPU runs it twice as fast as an einsum over BTHK."""
-    (B, T, H, K), (S, G) = query_BTHK.shape, key_BSGK.shape[1:3]
-    dtype = jnp.promote_types(query_BTHK.dtype, jnp.float32)
-    query_NMK = jnp.swapaxes(query_BTHK * scale, 1, 2).reshape(B * G, H // G * T, K)
+    """Batched products over (B G, R T, K): XLA on a CPU runs them twice as fast as an einsum over BTHK.
+
+    With several blocks of queries, those of a block get the keys up to its end.
+    """
+    (B, T, _, K), (S, G) = query_BTHK.shape, key_BSGK.shape[1:3]
+    query_BHTK = jnp.swapaxes(query_BTHK * scale, 1, 2)
     key_NSK, value_NSK = (jnp.swapaxes(x, 1, 2).reshape(B * G, S, K) for x in (key_BSGK, value_BSGK))
+    parts, size = [], T // n_blocks
+    for start in range(0, T, size):
+        stop, n = start + size, S if n_blocks == 1 else start + size
+        near = None if bias is None else _cut(bias, start, stop, n)
+        parts.append(_mix(query_BHTK[:, :, start:stop], key_NSK[:, :n], value_NSK[:, :n], near, softcap, dropout_fn))
+    mixed_BHTK = parts[0] if n_blocks == 1 else jnp.concatenate(parts, 2)
+    return jnp.swapaxes(mixed_BHTK, 1, 2)
+
+
+def _cut(bias: Array, start: int, stop: int, n: int) -> Array:
+    return (bias if bias.shape[2] == 1 else bias[:, :, start:stop])[..., :n]
+
+
+def _mix(
+    query_BHTK: Array, key_NSK: Array, value_NSK: Array, bias: Array | None, softcap: float | None, dropout_fn: Any
+) -> Array:
+    """The softmax-weighted sums, (B, H, T, K)."""
+    (B, H, T, K), (N, S) = query_BHTK.shape, key_NSK.shape[:2]
+    dtype, M = jnp.promote_types(query_BHTK.dtype, jnp.float32), B * H // N * T
+    query_NMK = query_BHTK.reshape(N, M, K)
     scores_NMS = jax.lax.dot_general(query_NMK, key_NSK, (((2,), (2,)), ((0,), (0,))), preferred_element_type=dtype)
-    scores_BHTS = scores_NMS.reshape(B, H, T, S)
     if softcap is not None:
-        scores_BHTS = softcap * jnp.tanh(scores_BHTS / softcap)
+        scores_NMS = softcap * jnp.tanh(scores_NMS / softcap)
     if bias is not None:
-        scores_BHTS = scores_BHTS + bias.astype(dtype)
-    if mask is not None:
-        scores_BHTS = jnp.where(mask, scores_BHTS, jnp.finfo(dtype).min)
-    probabilities_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(value_BSGK.dtype)
+        scores_NMS = scores_NMS + _in_rows(bias, query_BHTK.shape, N // B)
+    probabilities_NMS = jax.nn.softmax(scores_NMS, axis=-1).astype(value_NSK.dtype)
     if dropout_fn is not None:
-        probabilities_BHTS = dropout_fn(probabilities_BHTS)
-    probabilities_NMS = probabilities_BHTS.reshape(B * G, H // G * T, S)
+        probabilities_NMS = dropout_fn(probabilities_NMS.reshape(B, H, T, S)).reshape(N, M, S)
     mixed_NMK = jax.lax.dot_general(probabilities_NMS, value_NSK, (((2,), (1,)), ((0,), (0,))))
-    return jnp.swapaxes(mixed_NMK.reshape(B, H, T, K), 1, 2)
+    return mixed_NMK.reshape(B, H, T, K)
+
+
+def _in_rows(bias: Array, shape: tuple[int, ...], G: int) -> Array:
+    """(B or 1, H or 1, T or 1, S) -> what broadcasts to (B G, R T, S), no larger than it must be.
+
+    Example:
+      >>> padding, causal = jnp.zeros((2, 1, 1, 5)), jnp.zeros((1, 1, 4, 5))
+      >>> _in_rows(padding, (2, 6, 4, 8), 3).shape, _in_rows(causal, (2, 6, 4, 8), 3).shape
+      ((6, 1, 5), (1, 8, 5))
+    """
+    (B, H, T, _), (b, h, t, S) = shape, bias.shape
+    R = H // G
+    r = R if h > 1 or t > 1 else 1
+    full = (B if h > 1 else b, 1 if b == h == 1 else G, r, T if r > 1 or t > 1 else 1, S)
+    heads = bias.reshape(b, G, R, t, S) if h > 1 else bias[:, :, None]
+    return jnp.broadcast_to(heads, full).reshape(full[0] * full[1], -1, S)
+
+
+def _added(mask: Array | None, bias: Array | None, dtype: Any) -> Array | None:
+    """Mask and bias as one addend of the scores: XLA on a CPU fuses a sum into its softmax, and no selection."""
+    if mask is None:
+        return None if bias is None else bias.astype(dtype)
+    hidden = jnp.where(mask, jnp.zeros((), dtype), jnp.finfo(dtype).min)
+    return hidden if bias is None else bias.astype(dtype) + hidden
+
+
+def _n_blocks(n_queries: int, n_keys: int, dropout_fn: Any, is_causal: bool) -> int:
+    """How many blocks of queries: more than one where a CPU can leave out the keys that all of a block do not see."""
+    can_skip = is_causal and n_queries == n_keys and dropout_fn is None and jax.default_backend() == "cpu"
+    return BLOCKS if can_skip and n_queries % BLOCKS == 0 and n_queries >= LEAST_BLOCK * BLOCKS else 1

@@ -12,6 +12,7 @@ from jax import Array
 from jaxdl.models.block import Block, Norm
 from jaxdl.models.embedding import padded_size
 from jaxdl.models.layers import Dtype, make_activation
+from jaxdl.models.product import product
 
 POOLINGS = ("mean", "first")
 
@@ -19,7 +20,8 @@ POOLINGS = ("mean", "first")
 def dense(block: Block, features: int, *, dtype: Dtype, name: str) -> nn.Dense:
     """A linear layer with the block's initial spread and parameter dtype."""
     init = nn.initializers.normal(block.init_std)
-    return nn.Dense(features, kernel_init=init, dtype=dtype, param_dtype=block.param_dtype, name=name)
+    dtypes = {"dtype": dtype, "param_dtype": block.param_dtype}
+    return nn.Dense(features, kernel_init=init, dot_general=product, name=name, **dtypes)
 
 
 class Classifier(nn.Module):

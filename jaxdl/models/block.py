@@ -18,6 +18,7 @@ from jaxdl.models.attention import IMPLEMENTATIONS, Sight, attend
 from jaxdl.models.checks import ModelError, count_problem, name_problem, rate_problem
 from jaxdl.models.layers import ACTIVATIONS, Dtype, dropout, make_activation
 from jaxdl.models.positions import Rotary, alibi_slopes, distances, rotate
+from jaxdl.models.product import product
 
 Cache = dict[str, Any]
 NORMS = ("layer", "rms", "rms_plus_one")
@@ -185,7 +186,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: Array, context: Context, cache: Cache | None = None, *, train: bool = False
     ) -> tuple[Array, Cache | None]:
-        block, (H, G, K) = self.block, self.block.heads
+        block, (H, G, K), has_cache = self.block, self.block.heads, cache is not None
         query = self._heads("query", x_BTD, H)
         source = context.memory if self.is_cross else x_BTD
         if source is None:
@@ -210,6 +211,7 @@ class Attention(nn.Module):
             softcap=block.attention_softcap,
             dropout_fn=self._dropout_fn(train),
             implementation=block.attention,
+            is_causal=block.is_causal and not self.is_cross and not has_cache,
         )
         flat = mixed.reshape(*mixed.shape[:2], H * K)
         return _dense(block, block.width, block.output_bias, "output", block.residual_init_std)(flat), cache
@@ -273,6 +275,7 @@ def _dense(block: Block, features: int, use_bias: bool, name: str, std: float | 
         kernel_init=nn.initializers.normal(block.init_std if std is None else std),
         dtype=block.dtype,
         param_dtype=block.param_dtype,
+        dot_general=product,
         name=name,
     )
 

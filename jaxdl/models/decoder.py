@@ -13,6 +13,7 @@ from jaxdl.models.block import Block, Cache
 from jaxdl.models.checks import check, count_problem, name_problem
 from jaxdl.models.embedding import Embed, padded_size
 from jaxdl.models.layers import Dtype
+from jaxdl.models.product import product
 from jaxdl.models.transformer import LAYOUTS, REMATS, Stack, init_cache, token_positions
 
 HEADS = ("causal_lm", "classify", "tag", "embed")
@@ -101,7 +102,8 @@ class Decoder(nn.Module):
         block = self.block
         init = nn.initializers.normal(block.init_std)
         dtype = jnp.promote_types(block.dtype, jnp.float32) if self.head != "causal_lm" else block.dtype
-        return nn.Dense(n, use_bias=use_bias, kernel_init=init, dtype=dtype, param_dtype=block.param_dtype, name="head")
+        dtypes = {"dtype": dtype, "param_dtype": block.param_dtype}
+        return nn.Dense(n, use_bias=use_bias, kernel_init=init, dot_general=product, name="head", **dtypes)
 
     def __call__(
         self,

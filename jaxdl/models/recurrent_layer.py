@@ -3,14 +3,13 @@
 Dimensions: `B` batch, `T` time, `D` inputs, `F` width of a state, `G` = gates x `F`.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxdl.models.layers import Dtype
+from jaxdl.models.product import product
 from jaxdl.models.recurrent_cells import Cell, States, scan_cell
 
 
@@ -74,7 +73,7 @@ class Direction(nn.Module):
             bias_init=_gate_biases(self.cell),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            dot_general=_time_product,
+            dot_general=product,
             name="input",
         )(x_TBD)
         kernel_FG, bias_G = Recurrence(self.width, n_gates, self.param_dtype, name="recurrent")()
@@ -113,25 +112,3 @@ def _orthogonal_gates(rng: Array, shape: tuple[int, int], dtype: Dtype) -> Array
 
 def _gate_biases(cell: Cell) -> nn.initializers.Initializer:
     return lambda rng, shape, dtype: jnp.repeat(jnp.array(cell.gate_biases, dtype), shape[0] // len(cell.gate_biases))
-
-
-def _time_product(x_TBD: Array, kernel_DG: Array, dimension_numbers: Any, **_: Any) -> Array:
-    return _multiply(x_TBD, kernel_DG)
-
-
-@jax.custom_vjp
-def _multiply(x_TBD: Array, kernel_DG: Array) -> Array:
-    """XLA's own gradient of this product transposes the kernel's, and costs an LSTM a tenth of its time on a CPU."""
-    return x_TBD @ kernel_DG
-
-
-def _multiply_forward(x_TBD: Array, kernel_DG: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x_TBD @ kernel_DG, (x_TBD, kernel_DG)
-
-
-def _multiply_backward(residuals: tuple[Array, Array], d_TBG: Array) -> tuple[Array, Array]:
-    x_TBD, kernel_DG = residuals
-    return d_TBG @ kernel_DG.T, jnp.tensordot(x_TBD, d_TBG, ((0, 1), (0, 1)))
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)

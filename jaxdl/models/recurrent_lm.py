@@ -13,6 +13,7 @@ from jaxdl.models.block import Cache
 from jaxdl.models.checks import check, count_problem, rate_problem
 from jaxdl.models.embedding import padded_size
 from jaxdl.models.layers import Dtype
+from jaxdl.models.product import product
 from jaxdl.models.recurrent import Recurrent
 
 
@@ -64,7 +65,7 @@ class RecurrentLM(nn.Module):
         self.embed = nn.Embed(size, self.width, name="embed", **dtypes)
         self.recurrent = self._recurrent(name="recurrent")
         self.dropout = nn.Dropout(self.dropout_rate, name="dropout")
-        self.head = nn.Dense(size, name="head", **dtypes)
+        self.head = nn.Dense(size, dot_general=product, name="head", **dtypes)
 
     def _recurrent(self, **kw: Any) -> Recurrent:
         rate = self.dropout_rate if self.n_layers > 1 else 0.0

@@ -1,0 +1,46 @@
+"""The product of a linear layer: the same numbers in both forms, and one axis of rows where that is fast."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdl.models.product import product
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3), (2, 1, 4, 3)], ids=str)
+def test_values_and_derivatives_of_both_modes_are_those_of_matmul(shape):
+    with jax.enable_x64(True):
+        x, kernel = jnp.asarray(RNG.standard_normal(shape)), jnp.asarray(RNG.standard_normal((3, 5)))
+        tangents = jax.tree.map(lambda part: jnp.asarray(RNG.standard_normal(part.shape)), (x, kernel))
+        cotangent = jnp.asarray(RNG.standard_normal((*shape[:-1], 5)))
+        for mode in (lambda f: jax.jvp(f, (x, kernel), tangents), lambda f: jax.vjp(f, x, kernel)[1](cotangent)):
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), mode(product), mode(lambda a, b: a @ b)
+            )
+
+
+def test_the_gradient_of_a_kernel_is_a_sum_over_one_axis():
+    """The reason for it: no product of the backward pass contracts batch and time as two axes."""
+    x, layer = jnp.ones((2, 4, 3)), nn.Dense(5, dot_general=product)
+    params = layer.init(jax.random.key(0), x)
+    made = jax.make_jaxpr(jax.grad(lambda params: layer.apply(params, x).sum()))(params)
+    contracted = [
+        len(eqn.params["dimension_numbers"][0][0]) for eqn in made.eqns if eqn.primitive.name == "dot_general"
+    ]
+    assert contracted == [1] * len(contracted)
+    assert len(contracted) == 2
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, params, nn.Dense(5).init(jax.random.key(0), x)))
+
+
+def test_other_products_are_those_of_lax():
+    a, b = RNG.standard_normal((2, 3, 4)), RNG.standard_normal((2, 4, 5))
+    numbers = (((2,), (1,)), ((0,), (0,)))
+    np.testing.assert_allclose(product(jnp.asarray(a), jnp.asarray(b), numbers), a @ b, rtol=1e-5)
+    wide = product(
+        jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 1), jnp.bfloat16), preferred_element_type=jnp.float32
+    )
+    assert (wide.dtype, wide.shape) == (jnp.float32, (2, 3, 1))
