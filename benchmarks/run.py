@@ -15,12 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import input_pipeline, loop_overhead, machine, mlp, start_up
+from benchmarks import bert, generation, gpt, input_pipeline, loop_overhead, machine, mlp, recurrent, start_up, vision
 from benchmarks.harness import BenchmarkError, Settings
 from benchmarks.table import Table
 
 WORKLOADS = {
     "mlp": mlp.run,
+    "vision": vision.run,
+    "recurrent": recurrent.run,
+    "gpt": gpt.run,
+    "bert": bert.run,
+    "generation": generation.run,
     "loop_overhead": loop_overhead.run,
     "start_up": start_up.run,
     "input_pipeline": input_pipeline.run,
