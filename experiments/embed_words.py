@@ -26,7 +26,7 @@ from jaxdl.data.text import WordStream, WordVectors, WordWindows, split_names, s
 from jaxdl.loop import FitResult, fit
 from jaxdl.models.apply import init_model
 from jaxdl.models.word_embeddings import Noise, WordEmbeddings, create_row_state, make_row_step, noise_cdf
-from jaxdl.run import Run, data_mesh
+from jaxdl.run import Run
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Config:
     data: Words = field(default_factory=Words)
     loop: settings.Loop = field(default_factory=settings.Loop)
     hardware: settings.Hardware = field(default_factory=settings.Hardware)
+    parallel: settings.Parallel = field(default_factory=settings.Parallel)
     objective: Literal["skip_gram", "cbow"] = "skip_gram"  # predict the window from the word, or the word from it
     width: int = 100  # numbers of a vector
     n_negatives: int = 5  # noise words that a pair counts for
@@ -82,6 +83,8 @@ class Config:
             yield "row-wise updates take hardware.microbatches=1 and hardware.compute_dtype='float32' only."
         if self.loop.early_stopping_patience is not None:
             yield "loop.early_stopping_patience needs held-out rows, and embeddings have none; leave it out."
+        if self.parallel.sharding != "replicated":
+            yield "parallel.sharding must be 'replicated': row-wise updates keep the tables whole on every device."
         if self.loop.guard != "stop":
             yield "loop.guard must be 'stop': row-wise updates stop at a non-finite step by themselves."
 
@@ -154,7 +157,7 @@ def train(parsed: Parsed, stream: WordStream, data: WordWindows) -> FitResult | 
             log_every=loop.log_every,
             progress=run.progress,
             steps_per_call=loop.steps_per_call,
-            mesh=data_mesh(config.hardware.devices),
+            mesh=config.parallel.make_mesh(),
             profile=loop.profile_in(run.directory),
         )
     if result.stopped_by in ("SIGTERM", "SIGINT"):

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdl import JaxdlError, make_optimizer, make_schedule, models, optim
+from jaxdl import JaxdlError, TrainState, make_optimizer, make_schedule, models, optim, parallel
 from jaxdl.config import Duration
 from jaxdl.early_stopping import EarlyStopping
 from jaxdl.loop import Profile
+from jaxdl.paths import Rules
 
 PathRules = tuple[tuple[str, float], ...]
 
@@ -183,16 +185,52 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """Devices and precision."""
+class Parallel:
+    """The devices, and what lies where."""
 
-    devices: int | None = None  # devices to spread each batch over; all where None
+    mesh: str = "data=-1"  # devices along each axis, such as data=4,model=2; -1 takes all that are left
+    sharding: Literal["replicated", "zero1", "fsdp", "tensor", "fsdp_tensor"] = "replicated"  # of the whole state
+    cpu_devices: int | None = None  # devices that a CPU shows itself as, such as one a core; one where None
+
+    def problems(self) -> Iterator[str]:
+        try:
+            parallel.parse_mesh(self.mesh)
+        except JaxdlError as error:
+            yield str(error)
+        if self.cpu_devices is not None and self.cpu_devices < 1:
+            yield f"cpu_devices={self.cpu_devices} must be at least 1."
+
+    def initialize(self) -> None:
+        """Comes before anything touches JAX."""
+        if self.cpu_devices is not None:
+            jax.config.update("jax_num_cpu_devices", self.cpu_devices)
+
+    def make_mesh(self) -> jax.sharding.Mesh | None:
+        """None for a single device."""
+        axes: Any = parallel.parse_mesh(self.mesh)
+        mesh = parallel.make_mesh(**axes)
+        return None if mesh.size == 1 else mesh
+
+    def rules(self, state: TrainState) -> Rules:
+        """Where the state lies."""
+        if self.sharding == "zero1":
+            return parallel.zero(1)
+        if self.sharding == "replicated":
+            return parallel.REPLICATED
+        split = parallel.REPLICATED if self.sharding == "fsdp" else parallel.tensor_parallel(state)
+        return split if self.sharding == "tensor" else parallel.with_fsdp(split)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Memory and precision of a step."""
+
     microbatches: int = 1  # parts of a batch computed one after the other, for less memory
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # parameters stay float32
 
     def problems(self) -> Iterator[str]:
-        counts = {"microbatches": self.microbatches, "devices": self.devices}
-        yield from (f"{name}={n} must be at least 1." for name, n in counts.items() if n is not None and n < 1)
+        if self.microbatches < 1:
+            yield f"microbatches={self.microbatches} must be at least 1."
 
     @property
     def dtype(self) -> Any:

@@ -28,7 +28,7 @@ from jaxdl.models.apply import init_model, select_inputs
 from jaxdl.optim import eval_params
 from jaxdl.paths import Rules
 from jaxdl.report import RunReport, diagnose, parameter_table, read_history
-from jaxdl.run import Run, data_mesh, parameter_rows
+from jaxdl.run import Run, parameter_rows
 from jaxdl.step import Step
 
 
@@ -39,6 +39,7 @@ class Supervised:
     optimizer: settings.Optimizer = field(default_factory=settings.Optimizer)
     loop: settings.Loop = field(default_factory=settings.Loop)
     hardware: settings.Hardware = field(default_factory=settings.Hardware)
+    parallel: settings.Parallel = field(default_factory=settings.Parallel)
     trainable: tuple[tuple[str, bool], ...] = ((".*", True),)  # (regex, moves) pairs over parameter paths
     seed: int = 0  # of the initial parameters, the order of rows, dropout and augmentation
     out: str = "runs/experiment"  # the run folder; an existing one is continued
@@ -110,9 +111,11 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
         step = make_train_step(loss_fn, tx, trainable=trainable, microbatches=config.hardware.microbatches)
         return guard(step, config.loop.guard)
 
+    mesh = config.parallel.make_mesh()
+    state = create_state(params, extra, txs[0], rng=jax.random.key(config.seed + 1), trainable=stages[0][1])
     with _open_run(parsed, task, length) as run:
         result = fit_stages(
-            create_state(params, extra, txs[0], rng=jax.random.key(config.seed + 1), trainable=stages[0][1]),
+            state,
             make_step,
             txs,
             task.train,
@@ -131,7 +134,8 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
             progress=run.progress,
             early_stopping=config.loop.early_stopping("validation/loss"),
             steps_per_call=config.loop.steps_per_call,
-            mesh=data_mesh(config.hardware.devices),
+            mesh=mesh,
+            sharding=config.parallel.rules(state),
             profile=config.loop.profile_in(run.directory),
         )
         if result.stopped_by in ("SIGTERM", "SIGINT"):

@@ -18,7 +18,8 @@ def run_command(
 ) -> int:
     """Parses flags, runs an experiment and turns what the user can mend into one message without a traceback.
 
-    Choices by device and shape, such as the implementation of attention, are shown while it runs.
+    A section `parallel` of the configuration is initialized before anything touches JAX's devices. Choices by device
+    and shape, such as the implementation of attention, are shown while it runs.
 
     Args:
       config_type: the frozen dataclass of the experiment.
@@ -41,6 +42,8 @@ def run_command(
     try:
         parsed: Parsed = parse(config_type, argv, prog=prog)
         enable_compile_cache()
+        if (parallel := getattr(parsed.config, "parallel", None)) is not None:
+            parallel.initialize()
         with choices.shown():
             experiment(parsed)
     except JaxdlError as error:

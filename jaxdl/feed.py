@@ -8,6 +8,9 @@ import numpy as np
 from jaxdl.compilation import Compiled
 from jaxdl.data.prefetch import prefetch
 from jaxdl.errors import JaxdlError
+from jaxdl.parallel.mesh import put, put_batch
+from jaxdl.parallel.sharding import constrained
+from jaxdl.paths import Tree
 from jaxdl.state import TrainState
 from jaxdl.step import Step, on_rows, repeat
 from jaxdl.steplog import Packing
@@ -22,6 +25,7 @@ def make_feed(
     steps_per_call: int = 1,
     is_resident: bool | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    shardings: Tree | None = None,
 ) -> "Feed":
     """Chooses how batches reach the device.
 
@@ -30,11 +34,13 @@ def make_feed(
       data: a pipeline; one whose source holds arrays and that has no transforms may live on the device.
       steps_per_call: updates in one call.
       is_resident: True or False to insist; None decides by size (512 MiB).
-      mesh: shards batches over its axis `data`.
+      mesh: cuts batches, see `parallel.batch_shardings`.
+      shardings: where the state lies on the mesh.
 
     Raises:
       JaxdlError: `is_resident=True` for data that cannot be.
     """
+    step = step if mesh is None else constrained(step, mesh, shardings)
     arrays = resident_arrays(data)
     if is_resident and arrays is None:
         raise JaxdlError("is_resident=True needs a source of arrays and no transforms on the host; drop either.")
@@ -57,9 +63,7 @@ class Feed:
     """Host batches: read ahead by a thread, placed on the device before they are needed."""
 
     def __init__(self, step: Step, data: Any, steps_per_call: int, mesh: jax.sharding.Mesh | None) -> None:
-        self.data, self.steps_per_call = data, steps_per_call
-        self._one = None if mesh is None else jax.NamedSharding(mesh, jax.P("data"))
-        self._many = None if mesh is None else jax.NamedSharding(mesh, jax.P(None, "data"))
+        self.data, self.steps_per_call, self._mesh = data, steps_per_call, mesh
         self.packing = Packing()
         step = self.packing.packed(step)
         self.compiled = Compiled(step, donate_argnums=(0,), name="train_step")
@@ -74,8 +78,11 @@ class Feed:
         return f", {self.steps_per_call} steps a call" if self.steps_per_call > 1 else ""
 
     def start(self, first: int, stop: int) -> None:
-        put = (lambda batch: jax.device_put(batch, self._one)) if self.steps_per_call == 1 else (lambda batch: batch)
+        put = self._put if self.steps_per_call == 1 else (lambda batch: batch)
         self._batches = prefetch(self.data, first, stop, put=put)
+
+    def _put(self, batch: Any, n_leading: int = 0) -> Any:
+        return jax.device_put(batch) if self._mesh is None else put_batch(batch, self._mesh, n_leading=n_leading)
 
     def program(self, n: int) -> Compiled:
         """What a call of n steps runs."""
@@ -88,10 +95,10 @@ class Feed:
     def call(self, state: TrainState, step: int, n: int) -> tuple[TrainState, jax.Array]:
         if n == 1:
             batch = next(self._batches)
-            return self.compiled(state, batch if self.steps_per_call == 1 else jax.device_put(batch, self._one))
+            return self.compiled(state, batch if self.steps_per_call == 1 else self._put(batch))
         batches = [next(self._batches) for _ in range(n)]
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-        return self._repeated(state, jax.device_put(stacked, self._many))
+        return self._repeated(state, self._put(stacked, 1))
 
     def close(self) -> None:
         if self._batches is not None:
@@ -104,7 +111,8 @@ class ResidentFeed(Feed):
     def __init__(self, step: Step, data: Any, arrays: Any, steps_per_call: int, mesh: jax.sharding.Mesh | None) -> None:
         super().__init__(step, data, steps_per_call, mesh)
         step = self.packing.packed(step)
-        self._dataset = jax.device_put(dict(arrays), None if mesh is None else jax.NamedSharding(mesh, jax.P()))
+        whole = None if mesh is None else jax.NamedSharding(mesh, jax.P())
+        self._dataset = jax.tree.map(lambda x: put(x, whole), dict(arrays))
         self.compiled = Compiled(
             lambda state, dataset, rows: on_rows(step, dataset)(state, rows), donate_argnums=(0,), name="train_step"
         )
@@ -123,9 +131,6 @@ class ResidentFeed(Feed):
 
     def call(self, state: TrainState, step: int, n: int) -> tuple[TrainState, jax.Array]:
         if n == 1:
-            return self.compiled(state, self._dataset, self._rows(step, self._one))
+            return self.compiled(state, self._dataset, self._put(self.data.rows(step).astype(np.int32)))
         rows = np.stack([self.data.rows(step + i) for i in range(n)]).astype(np.int32)
-        return self._repeated(state, self._dataset, jax.device_put(rows, self._many))
-
-    def _rows(self, step: int, sharding: Any) -> jax.Array:
-        return jax.device_put(self.data.rows(step).astype(np.int32), sharding)
+        return self._repeated(state, self._dataset, self._put(rows, 1))

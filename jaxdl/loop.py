@@ -17,6 +17,9 @@ from jaxdl.errors import JaxdlError
 from jaxdl.evaluation import Evaluator
 from jaxdl.feed import Feed, make_feed
 from jaxdl.losses import LossFn
+from jaxdl.parallel.presets import REPLICATED
+from jaxdl.parallel.runners import unused_axes
+from jaxdl.parallel.sharding import state_shardings
 from jaxdl.paths import Rules
 from jaxdl.signals import StopFlag
 from jaxdl.state import TrainState
@@ -83,6 +86,7 @@ def fit(
     steps_per_call: int = 1,
     is_resident: bool | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    sharding: Rules = REPLICATED,
     profile: Profile | None = None,
     stop_at: int | None = None,
     resumed: Any = None,
@@ -110,6 +114,7 @@ def fit(
       is_resident: keep the dataset on the device and gather rows there; None does so when it is small and no
         transform runs on the host.
       mesh: devices over whose axis `data` batches are sharded; None uses one device.
+      sharding: rules over the paths of the state: where it lies on the mesh, see `parallel.state_shardings`.
       profile: a trace to take.
       stop_at: save and return after this many updates of the `steps`, in the middle of the run: without an evaluation
         that is not due, and with the row of the log open. `resumed` takes the result on.
@@ -117,15 +122,19 @@ def fit(
 
     Raises:
       JaxdlError: arguments that make no sense, all at once.
+      ShardingError: the state does not fit the mesh.
       NonFiniteError: a guarded step met a NaN or an infinity; the state before it has been saved.
       ZeroGradientError: the gradient of the run's first step is exactly zero, so nothing would train.
       RetraceError: a batch changed its shape or dtype.
     """
-    _check_fit(steps, eval_every, checkpoint_every, log_every, steps_per_call, stop_at, mesh, data)
-    feed = make_feed(train_step, data, steps_per_call=steps_per_call, is_resident=is_resident, mesh=mesh)
+    shardings = None if mesh is None else state_shardings(sharding, state, mesh)
+    _check_fit(steps, eval_every, checkpoint_every, log_every, steps_per_call, stop_at, mesh, shardings, data)
+    feed = make_feed(
+        train_step, data, steps_per_call=steps_per_call, is_resident=is_resident, mesh=mesh, shardings=shardings
+    )
     state = state if resumed is None else resumed.state
     loop = _Loop(
-        state=state if mesh is None else jax.device_put(state, jax.NamedSharding(mesh, jax.P())),
+        state=state if mesh is None else jax.device_put(state, shardings),
         feed=feed,
         data=data,
         steps=steps,
@@ -155,6 +164,7 @@ def _check_fit(
     steps_per_call: int,
     stop_at: int | None,
     mesh: Any,
+    shardings: Any,
     data: Any,
 ) -> None:
     counts = {
@@ -169,10 +179,14 @@ def _check_fit(
     for name, n in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         if n is not None and 1 <= n < steps_per_call:
             problems.append(f"steps_per_call={steps_per_call} is more than {name}={n}; use at most {n}.")
-    n_shards = 1 if mesh is None else mesh.shape.get("data", 0)
-    if n_shards == 0:
-        problems.append(f"the mesh has the axes {mesh.axis_names}; it needs one called 'data'.")
-    elif data.batch_size % n_shards:
+    n_shards = 1 if mesh is None else mesh.shape.get("data", 1)
+    unused = [] if mesh is None else unused_axes(mesh, shardings)
+    if unused:
+        problems.append(
+            f"the mesh has the axes {mesh.axis_names} and nothing lies over {', '.join(map(repr, unused))}: its "
+            "devices would do the same work twice. A batch lies over 'data' and 'sequence'; give rules for the others."
+        )
+    if data.batch_size % n_shards:
         problems.append(
             f"batch_size={data.batch_size} does not divide over {n_shards} devices on axis 'data'; use a multiple."
         )

@@ -8,9 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import jax
-import numpy as np
-
 from jaxdl import paths
 from jaxdl.checkpoint import Store
 from jaxdl.config import ConfigError, check_resume, from_json, to_json
@@ -163,6 +160,7 @@ def parameter_rows(
       RuleError: a rule list does not fit.
 
     Example:
+      >>> import numpy as np
       >>> parameter_rows({"w": np.ones(2)}, trainable=[(".*", True)])[0]["path"]
       'w'
     """
@@ -181,23 +179,3 @@ def parameter_rows(
         }
         for path, leaf in paths.flatten(params).items()
     ]
-
-
-def data_mesh(n_devices: int | None = None) -> jax.sharding.Mesh | None:
-    """A mesh of one axis, `data`, over the first devices; None for a single one.
-
-    Args:
-      n_devices: how many; None takes all.
-
-    Raises:
-      JaxdlError: there are fewer devices.
-
-    Example:
-      >>> data_mesh(1) is None
-      True
-    """
-    devices = jax.devices()
-    if n_devices is not None and not 1 <= n_devices <= len(devices):
-        raise JaxdlError(f"devices={n_devices} must lie in 1..{len(devices)}, the devices that JAX sees.")
-    chosen = devices[:n_devices]
-    return None if len(chosen) == 1 else jax.sharding.Mesh(np.array(chosen), ("data",))

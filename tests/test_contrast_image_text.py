@@ -49,7 +49,7 @@ def stripes(tmp_path_factory):
 
 def run(config, data, out, *flags):
     common = [f"--config={config}", f"--config.out={out}", f"--config.data.directory={data}"]
-    return run_command(module.Config, module.experiment, [*common, "--config.hardware.devices=1", *flags])
+    return run_command(module.Config, module.experiment, [*common, "--config.parallel.mesh=data=1", *flags])
 
 
 SMALL = ["--config.data.batch_size=64", "--config.data.eval_batch_size=50", "--config.vision.features=8,8"]

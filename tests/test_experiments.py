@@ -48,7 +48,7 @@ def module_of(config):
 
 
 def run(module, flags):
-    return run_command(module.Config, module.experiment, [*flags, "--config.hardware.devices=1"])
+    return run_command(module.Config, module.experiment, [*flags, "--config.parallel.mesh=data=1"])
 
 
 DIGITS_MLP = Path(__file__).parents[1] / "configs" / "digits_mlp.py"

@@ -70,7 +70,7 @@ def base_run(tmp_path_factory):
         "--config.loop.length=10",
         "--config.data.flip=false",
     ]
-    flags += ["--config.optimizer.warmup=1", "--config.hardware.devices=1", "--config.data.batch_size=32"]
+    flags += ["--config.optimizer.warmup=1", "--config.parallel.mesh=data=1", "--config.data.batch_size=32"]
     assert run_command(classify_images.Config, classify_images.experiment, flags) == 0
     return out
 
@@ -87,7 +87,7 @@ def text_flags(config, folder, reviews, out, *more):
         "loop.checkpoint_every": 3,
         "loop.log_every": 1,
         "optimizer.warmup": 1,
-        "hardware.devices": 1,
+        "parallel.mesh": "data=1",
     }
     return [f"--config={config}", *(f"--config.{name}={value}" for name, value in flags.items()), *more]
 
@@ -124,7 +124,7 @@ def test_the_text_config_runs_and_leaves_a_model_behind(config, folder, reviews,
 @pytest.mark.parametrize("config", IMAGES, ids=lambda path: path.stem)
 def test_the_image_config_runs_on_an_earlier_run(config, base_run, tmp_path, capsys):
     flags = {"data.name": "digits", "base": base_run, "out": tmp_path / "run", "loop.length": 4, "optimizer.warmup": 1}
-    flags |= {"data.batch_size": 32, "data.flip": "false", "hardware.devices": 1}
+    flags |= {"data.batch_size": 32, "data.flip": "false", "parallel.mesh": "data=1"}
     assert run_images([f"--config={config}", *(f"--config.{name}={value}" for name, value in flags.items())]) == 0
     said = capsys.readouterr().out
     assert "fresh 2: params/head/bias, params/head/kernel" in said

@@ -11,7 +11,7 @@ import pytest
 from jaxdl import JaxdlError
 from jaxdl.config import ConfigError, to_json
 from jaxdl.paths import RuleError
-from jaxdl.run import Run, data_mesh, parameter_rows, replace_text
+from jaxdl.run import Run, parameter_rows, replace_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +100,6 @@ def test_parameter_rows_hold_every_verdict():
     assert rows[1]["shape"] == (2, 3)
     with pytest.raises(RuleError, match="nearest paths: head/kernel"):
         parameter_rows(params, trainable=[("haed/.*", True), (".*", False)])
-
-
-def test_a_mesh_over_the_devices():
-    assert data_mesh(1) is None
-    mesh = data_mesh(2)
-    assert mesh is not None
-    assert dict(mesh.shape) == {"data": 2}
-    with pytest.raises(JaxdlError, match=r"devices=9 must lie in 1\.\.8"):
-        data_mesh(9)
 
 
 def test_notes_reach_the_progress_line(tmp_path, capsys):

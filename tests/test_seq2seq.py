@@ -332,7 +332,7 @@ def run(out, *flags):
         "loop.log_every=1",
         "loop.steps_per_call=1",
         "optimizer.warmup=1",
-        "hardware.devices=1",
+        "parallel.mesh=data=1",
         f"out={out}",
         *flags,
     ]

@@ -73,7 +73,7 @@ def shrunk(config, module, corpora, out, *flags):
     """The words of a command line that runs a config on little data for two steps."""
     whole = parse(module.Config, [f"--config={config}", *_path(config, corpora)]).config
     words = ["loop.length=2", "loop.eval_every=100", "loop.checkpoint_every=100", "loop.log_every=1"]
-    words += ["loop.steps_per_call=1", "optimizer.warmup=1", "hardware.devices=1", f"out={out}"]
+    words += ["loop.steps_per_call=1", "optimizer.warmup=1", "parallel.mesh=data=1", f"out={out}"]
     words += ["data.length=32", "data.batch_size=8", "data.eval_batch_size=8", "data.test=0.25"]
     words += ["data.validation=0.25", "tokenizer.vocab_size=300", "model.n_layers=1", "model.width=12"]
     words += ["new_tokens=5"] if module is language_model else []
@@ -163,7 +163,7 @@ def test_a_classifier_of_ones_own_jsonl(tmp_path, capsys):
     flags = ["corpus.name=jsonl", f"corpus.path={tmp_path / 'own.jsonl'}", "corpus.text_field=body"]
     flags += ["corpus.label_field=mood", "data.length=24", "data.batch_size=16", "data.eval_batch_size=16"]
     flags += ["model.n_layers=1", "model.width=16", "model.n_heads=2", "loop.length=60", "loop.eval_every=100"]
-    flags += ["optimizer.learning_rate=0.01", "hardware.devices=1", f"out={tmp_path / 'run'}"]
+    flags += ["optimizer.learning_rate=0.01", "parallel.mesh=data=1", f"out={tmp_path / 'run'}"]
     words = [f"--config.{flag}" for flag in flags]
     assert run_command(classify_text.Config, classify_text.experiment, words) == 0
     assert float(re.search(r"test accuracy ([\d.]+) %", capsys.readouterr().out)[1]) > 90  # half would be luck
@@ -182,7 +182,7 @@ def test_a_pretrained_folder_gets_a_new_head_and_keeps_its_tokenizer(tmp_path, c
     flags = ["corpus.name=jsonl", f"corpus.path={tmp_path / 'own.jsonl'}", "corpus.label_field=mood"]
     flags += [f"pretrained={tmp_path / 'folder'}", "fresh=head/.*,pooler/.*", r"drop=cls\..*"]
     flags += ["trainable=(('head/.*',True),('.*',False))", "data.length=12", "data.batch_size=8", "loop.length=2"]
-    flags += ["data.eval_batch_size=8", "hardware.devices=1", f"out={tmp_path / 'run'}"]
+    flags += ["data.eval_batch_size=8", "parallel.mesh=data=1", f"out={tmp_path / 'run'}"]
     words = [f"--config.{flag}" for flag in flags]
     assert run_command(classify_text.Config, classify_text.experiment, words) == 0
     out = capsys.readouterr().out

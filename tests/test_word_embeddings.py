@@ -338,7 +338,7 @@ def test_the_experiment_trains_shows_and_writes(tmp_path, capsys):
     flags = ["--config.data.name=files", f"--config.data.path={tmp_path / 'corpus.txt'}", "--config.data.split=names"]
     flags += ["--config.data.batch_size=16", "--config.loop.length=30", "--config.loop.checkpoint_every=30"]
     flags += ["--config.loop.log_every=10", "--config.width=8", f"--config.out={tmp_path / 'run'}"]
-    flags += ["--config.probes=animal1,nothing", "--config.hardware.devices=1"]
+    flags += ["--config.probes=animal1,nothing", "--config.parallel.mesh=data=1"]
     assert run_command(embed_words.Config, embed_words.experiment, flags) == 0
     out = capsys.readouterr().out
     assert "3,200 words, 16 different" in out

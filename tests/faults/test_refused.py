@@ -57,13 +57,13 @@ def test_a_rule_that_matches_nothing_names_the_nearest_path(command, empty):
 
 
 def test_a_batch_that_does_not_divide_over_devices_leaves_no_configuration_behind(command, empty):
-    refused(command("--config.hardware.devices", "3"), "batch_size=32", "3 devices", "multiple")
+    refused(command("--config.parallel.mesh", "data=3"), "batch_size=32", "3 devices", "multiple")
     assert not (empty / "config.json").exists()
     assert command("--config.loop.length", "5 steps").code == 0
 
 
 def test_more_devices_than_there_are(command, empty):
-    refused(command("--config.hardware.devices", "64"), "devices=64", "1..8")
+    refused(command("--config.parallel.mesh", "data=64"), "data=64", "needs 64 devices and there are 8")
 
 
 def test_a_held_out_part_without_rows(command, empty):

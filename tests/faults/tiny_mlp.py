@@ -2,7 +2,7 @@
 
 from experiments.classify_images import Config
 from experiments.images import Images
-from experiments.settings import MLP, Hardware, Loop, Optimizer
+from experiments.settings import MLP, Loop, Optimizer, Parallel
 from jaxdl.config import Duration
 
 
@@ -17,6 +17,6 @@ def get_config() -> Config:
             checkpoint_every=Duration("5 steps"),
             log_every=5,
         ),
-        hardware=Hardware(devices=1),
+        parallel=Parallel(mesh="data=1"),
         out="run",
     )

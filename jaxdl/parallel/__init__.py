@@ -1,0 +1,29 @@
+"""One step on any number of devices: meshes, sharding rules, runners."""
+
+from jaxdl.parallel.mesh import ShardingError, batch_shardings, make_mesh, parse_mesh, put_batch
+from jaxdl.parallel.presets import REPLICATED, column_parallel, tensor_parallel, with_fsdp, zero
+from jaxdl.parallel.runners import jit_step, pmap_step, shard_map_step, unused_axes
+from jaxdl.parallel.sharding import Fsdp, Split, bytes_per_device, constrained, fsdp, state_shardings
+
+__all__ = [
+    "REPLICATED",
+    "Fsdp",
+    "ShardingError",
+    "Split",
+    "batch_shardings",
+    "bytes_per_device",
+    "column_parallel",
+    "constrained",
+    "fsdp",
+    "jit_step",
+    "make_mesh",
+    "parse_mesh",
+    "pmap_step",
+    "put_batch",
+    "shard_map_step",
+    "state_shardings",
+    "tensor_parallel",
+    "unused_axes",
+    "with_fsdp",
+    "zero",
+]
