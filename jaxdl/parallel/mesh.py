@@ -37,8 +37,8 @@ def make_mesh(*, devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
         divide.
 
     Example:
-      >>> make_mesh(data=-1, model=2).shape
-      OrderedDict({'data': 4, 'model': 2})
+      >>> dict(make_mesh(data=-1, model=2).shape)
+      {'data': 4, 'model': 2}
     """
     found = list(jax.devices() if devices is None else devices)
     sizes = _sizes(axes or {DATA: -1}, len(found))
@@ -124,8 +124,8 @@ def batch_shardings(batch: Tree, mesh: Mesh, *, n_leading: int = 0) -> Tree:
 
     Example:
       >>> mesh = make_mesh(data=4, model=2)
-      >>> batch_shardings({"label": np.zeros(8)}, mesh)["label"].spec
-      PartitionSpec('data',)
+      >>> tuple(batch_shardings({"label": np.zeros(8)}, mesh)["label"].spec)
+      ('data',)
     """
     problems, found = [], {}
     for path, leaf in flatten(batch).items():
@@ -163,8 +163,8 @@ def put_batch(batch: Tree, mesh: Mesh, *, n_leading: int = 0) -> Tree:
       batch, mesh, n_leading: as for `batch_shardings`.
 
     Example:
-      >>> put_batch({"x": np.arange(8)}, make_mesh(data=8))["x"].addressable_shards[1].data
-      Array([1], dtype=int64)
+      >>> put_batch({"x": np.arange(8)}, make_mesh(data=8))["x"].addressable_shards[1].data.tolist()
+      [1]
     """
     return jax.tree.map(put, batch, batch_shardings(batch, mesh, n_leading=n_leading))
 

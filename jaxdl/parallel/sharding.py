@@ -83,8 +83,8 @@ def fsdp(axis: str = "data", *, floor_bytes: int = FLOOR_BYTES) -> Fsdp:
 
     Example:
       >>> from jaxdl.parallel.mesh import make_mesh
-      >>> fsdp("data").spec((512, 64), 4, make_mesh(data=8))
-      PartitionSpec('data', None)
+      >>> tuple(fsdp("data").spec((512, 64), 4, make_mesh(data=8)))
+      ('data', None)
     """
     return Fsdp(axis, floor_bytes)
 
@@ -112,8 +112,8 @@ def state_shardings(rules: Rules, abstract_state: Tree, mesh: Mesh) -> Tree:
       >>> mesh = make_mesh(data=4, model=2)
       >>> params = {"kernel": jnp.zeros((256, 128)), "bias": jnp.zeros(128)}
       >>> rules = [("kernel", Fsdp("data", beside=Split("model"))), ("bias", Split("model"))]
-      >>> {path: leaf.spec for path, leaf in paths.flatten(state_shardings(rules, params, mesh)).items()}
-      {'bias': PartitionSpec('model',), 'kernel': PartitionSpec('data', 'model')}
+      >>> {path: tuple(leaf.spec) for path, leaf in paths.flatten(state_shardings(rules, params, mesh)).items()}
+      {'bias': ('model',), 'kernel': ('data', 'model')}
     """
     leaves = paths.flatten(abstract_state)
     # The structure alone decides who wins; the number of the rule stands for its value.
