@@ -32,9 +32,9 @@ N_OUTPUTS, RANK, ALPHA = 2, 8, 16
 ATTENTION = "encoder/layer_.*/attention/(query|key|value|output)/kernel"
 # what moves -> (title, floor and aim, steps of a round)
 KINDS = {
-    "full": ("everything", Aim(0.88, 1.05), 2),
-    "last": ("the last layer, the pooler and the head", Aim(1.1, 1.25), 4),
-    "lora": (f"LoRA r={RANK} on all attention projections, and the head", Aim(0.88, 1.05), 2),
+    "full": ("everything", Aim(0.88, 1.05), 1),
+    "last": ("the last layer, the pooler and the head", Aim(1.1, 1.25), 2),
+    "lora": (f"LoRA r={RANK} on all attention projections, and the head", Aim(0.88, 1.05), 1),
 }
 MOST_OVER_ORACLE, MOST_OF_FULL, MOST_MOMENTS = 1.03, 0.72, 0.02
 

@@ -16,7 +16,7 @@ from benchmarks.weights import fill_module, fill_tree
 
 SIZES = {"width": 384, "n_heads": 6, "n_layers": 6, "vocab_size": 5000, "length": 256, "batch_size": 16}
 AIM = Aim(0.88, 1.05)
-STEPS = 2
+STEPS = 1
 
 
 def make_batches(vocab_size: int, length: int, batch_size: int) -> dict[str, np.ndarray]:

@@ -21,7 +21,8 @@ from benchmarks.table import Table
 
 WORKLOADS = {
     "mlp": mlp.run,
-    "vision": vision.run,
+    "cnn": vision.run_cnn,
+    "resnet": vision.run_resnet,
     "recurrent": recurrent.run,
     "gpt": gpt.run,
     "bert": bert.run,
