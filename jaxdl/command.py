@@ -1,12 +1,16 @@
 """From the command line to an exit code: 0 done or stopped and saved, 1 failed under way, 2 refused before it began."""
 
+import contextlib
+import io
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxdl import choices
 from jaxdl.compilation import enable_compile_cache
 from jaxdl.config import Parsed, parse
 from jaxdl.errors import JaxdlError
+from jaxdl.parallel import processes, watchdog
 
 
 def run_command(
@@ -19,7 +23,8 @@ def run_command(
     """Parses flags, runs an experiment and turns what the user can mend into one message without a traceback.
 
     A section `parallel` of the configuration is initialized before anything touches JAX's devices. Choices by device
-    and shape, such as the implementation of attention, are shown while it runs.
+    and shape, such as the implementation of attention, are shown while it runs. Of many processes the first one prints;
+    one that fails tells the others.
 
     Args:
       config_type: the frozen dataclass of the experiment.
@@ -44,16 +49,26 @@ def run_command(
         enable_compile_cache()
         if (parallel := getattr(parsed.config, "parallel", None)) is not None:
             parallel.initialize()
-        with choices.shown():
+        with choices.shown(), _first_prints():
             experiment(parsed)
     except JaxdlError as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         print(f"error: {error}{notes}", file=sys.stderr)
+        watchdog.tell_failure(str(error))
         return error.exit_code
     except OSError as error:
         print(f"error: {error}. Free space or choose another folder; saved checkpoints are intact.", file=sys.stderr)
+        watchdog.tell_failure(str(error))
         return 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C without saving; the last complete checkpoint is intact.", file=sys.stderr)
+        watchdog.tell_failure("stopped by Ctrl-C")
         return 130
     return 0
+
+
+def _first_prints() -> contextlib.AbstractContextManager[Any]:
+    """What an experiment prints is the same in all processes; errors go another way."""
+    if watchdog.current() is None or processes.is_first():
+        return contextlib.nullcontext()
+    return contextlib.redirect_stdout(io.StringIO())

@@ -1,5 +1,6 @@
 """Evaluation: the sums of every batch, added on the host, divided once."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxdl import metrics as metrics_lib
 from jaxdl.compilation import Compiled
 from jaxdl.losses import LossFn
 from jaxdl.optim import eval_params
+from jaxdl.parallel.mesh import put
 from jaxdl.signals import StopFlag
 from jaxdl.state import TrainState
 from jaxdl.step import make_eval_step
@@ -20,7 +22,8 @@ Evaluator = Callable[[TrainState, StopFlag], dict[str, Any] | None]
 def make_evaluator(loss_fn: LossFn, batches: Iterable[Mapping[str, np.ndarray]]) -> Evaluator:
     """Makes a function that evaluates a state on all batches.
 
-    It uses the averaged parameters where the optimizer keeps some (EMA, schedule-free).
+    It uses the averaged parameters where the optimizer keeps some (EMA, schedule-free). Every device computes every
+    row, and every process reads them.
 
     Args:
       loss_fn: the loss with dropout off, as for `make_eval_step`.
@@ -29,21 +32,32 @@ def make_evaluator(loss_fn: LossFn, batches: Iterable[Mapping[str, np.ndarray]])
     Returns:
       `(state, stop) -> finished metrics`, or None if `stop` was raised before the last batch.
     """
-    eval_step = Compiled(make_eval_step(loss_fn), name="eval_step")
+    plain = make_eval_step(loss_fn)
+
+    @functools.cache
+    def eval_step(sharding: Any) -> Compiled:
+        return Compiled(lambda state, batch: _readable(plain(state, batch), sharding), name="eval_step")
 
     def evaluate_state(state: TrainState, stop: StopFlag) -> dict[str, Any] | None:
+        sharding = _data_sharding(state)
         state = state.replace(params=eval_params(state.opt_state, state.params), opt_state=())
         on_device = []
         for batch in batches:
             if stop:
                 return None
-            on_device.append(eval_step(state, jax.device_put(dict(batch), _data_sharding(state))))
+            on_device.append(eval_step(sharding)(state, jax.tree.map(lambda x: put(x, sharding), dict(batch))))
         total: dict[str, Any] = {}
         for sums in jax.device_get(on_device):
             total = metrics_lib.add(total, jax.tree.map(lambda x: np.asarray(x, np.float64), sums))
         return metrics_lib.finish(total)
 
     return evaluate_state
+
+
+def _readable(sums: Any, sharding: Any) -> Any:
+    """Where there are several processes, the sums whole in each of them."""
+    is_spread = sharding is not None and not sharding.is_fully_addressable
+    return jax.lax.with_sharding_constraint(sums, sharding) if is_spread else sums
 
 
 def _data_sharding(state: TrainState) -> Any:

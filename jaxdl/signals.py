@@ -6,6 +6,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from jaxdl.parallel import watchdog
+
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -16,8 +18,8 @@ class StopFlag:
     second Ctrl-C ends the process the usual way. A flag opened inside another begins as that stands. Outside the main
     thread signals cannot be caught; the flag stays down.
 
-    Attributes:
-      name: `"SIGTERM"` or `"SIGINT"` once one has arrived, else None.
+    Where a run has many processes, a signal to one of them raises the flags of all, and at the same look: each look at
+    a flag is counted, so all processes must look equally often, as they do when they run the same program.
 
     Example:
       >>> with StopFlag() as stop:
@@ -27,14 +29,14 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self._caught: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._raise_flag) for number in _STOP_SIGNALS}
             outer = [getattr(handler, "__self__", None) for handler in self._previous.values()]
-            self.name = self.name or next((flag.name for flag in outer if isinstance(flag, StopFlag)), None)
+            self._caught = self._caught or next((flag._caught for flag in outer if isinstance(flag, StopFlag)), None)
         return self
 
     def __exit__(
@@ -43,11 +45,19 @@ class StopFlag:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def name(self) -> str | None:
+        """`"SIGTERM"` or `"SIGINT"` once one has arrived (and all processes stop for it), else None."""
+        link = watchdog.current()
+        return self._caught if link is None else link.poll()
+
     def __bool__(self) -> bool:
         return self.name is not None
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None and number == signal.SIGINT:
+        if self._caught is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-        os.write(2, f"\n{self.name}: saving and stopping after the current call\n".encode())
+        self._caught = signal.Signals(number).name
+        if (link := watchdog.current()) is not None:
+            link.request_stop(self._caught)
+        os.write(2, f"\n{self._caught}: saving and stopping after the current call\n".encode())

@@ -45,7 +45,7 @@ class Writer:
         _hear_no_closed_loop()
         # Directories made in the background leave threads that wait for ten minutes when that fails, at exit too.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
+        self._orbax = ocp.AsyncCheckpointer(_handler(), async_options=options, multiprocessing_options=_alone())
 
     def start(self, folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         """Starts to write `arrays` into a folder that does not exist yet; `wait` first for the one before.
@@ -94,7 +94,7 @@ def read(folder: Path, records: Mapping[str, LeafRecord]) -> dict[str, np.ndarra
     wanted = nest({path: 0 for path in records if path not in empty})
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        with _quiet(), ocp.Checkpointer(_handler(), multiprocessing_options=_alone()) as orbax:
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
             found = flatten(orbax.restore(folder, args=args)) if wanted else {}
     except Exception as error:
@@ -103,6 +103,20 @@ def read(folder: Path, records: Mapping[str, LeafRecord]) -> dict[str, np.ndarra
         raise CheckpointCorrupt(f"not on disk: {', '.join(absent)}")
     dtypes = {path: jax.numpy.dtype(records[path].dtype) for path in empty}
     return {path: np.zeros(records[path].shape, dtypes[path]) if path in empty else found[path] for path in records}
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """A process reads and writes whole arrays by itself: Orbax must not wait for others."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

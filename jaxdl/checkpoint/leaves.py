@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdl.checkpoint.manifest import CheckpointError, LeafRecord, hash_array
+from jaxdl.parallel.mesh import put
+from jaxdl.parallel.rows import gathered
 from jaxdl.paths import Tree, flatten, nearest
 
 
@@ -76,17 +78,21 @@ def differences(saved: Mapping[str, LeafRecord], wanted: Mapping[str, LeafRecord
     return problems
 
 
-def to_host(tree: Tree) -> tuple[dict[str, np.ndarray], dict[str, LeafRecord]]:
+def to_host(tree: Tree, *, is_kept: bool = True) -> tuple[dict[str, np.ndarray], dict[str, LeafRecord]]:
     """Copies every leaf to host memory, so that nothing that happens to the tree later can change the copy.
 
+    A leaf that is spread over processes is gathered first, one after the other: for that moment every device holds
+    one leaf whole beside its part of the tree. All processes must come here together then.
+
     Args:
-      tree: concrete leaves, addressable by this process or fully replicated.
+      tree: concrete leaves.
+      is_kept: False, in all processes but the one that wants the copies, takes part in gathering and keeps nothing.
 
     Returns:
       `(arrays, records)` by path. A typed key is copied as its uint32 data. The records have no hashes yet.
 
     Raises:
-      CheckpointError: names every leaf that is abstract, not of numbers, deleted or spread over processes.
+      CheckpointError: names every leaf that is abstract, not of numbers or deleted.
 
     Example:
       >>> arrays, records = to_host({"step": jnp.int32(3)})
@@ -103,10 +109,19 @@ def to_host(tree: Tree) -> tuple[dict[str, np.ndarray], dict[str, LeafRecord]]:
         elif jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             records[path] = records[path]._replace(key_impl=str(jax.random.key_impl(leaf)))
             flat[path] = jax.random.key_data(leaf)
-    for leaf in flat.values():
-        if isinstance(leaf, jax.Array):
+    for leaf in flat.values() if is_kept else ():
+        if isinstance(leaf, jax.Array) and not _is_spread(leaf):
             leaf.copy_to_host_async()
-    return {path: np.array(leaf, copy=True, order="C") for path, leaf in flat.items()}, records
+    arrays = {}
+    for path, leaf in flat.items():
+        whole = gathered(leaf) if _is_spread(leaf) else leaf
+        if is_kept:
+            arrays[path] = np.array(whole, copy=True, order="C")
+    return arrays, records
+
+
+def _is_spread(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
 
 
 def _unreadable(leaf: Any) -> str | None:
@@ -118,8 +133,8 @@ def _unreadable(leaf: Any) -> str | None:
         return None
     if leaf.is_deleted():
         return "was donated to a jitted function and is gone; save the state that the function returned."
-    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        return "is sharded over several processes, which this store cannot save yet; replicate it over processes."
+    if _is_spread(leaf) and not isinstance(leaf.sharding, jax.NamedSharding):
+        return f"is spread over processes by {leaf.sharding}; place it with a NamedSharding."
     return None
 
 
@@ -176,7 +191,7 @@ def place(array: np.ndarray, record: LeafRecord, like: Any) -> Any:
         return array if isinstance(like, np.ndarray) else array[()]
     sharding = None if isinstance(like, jax.Array) and not like.committed else like.sharding
     try:
-        return jax.device_put(_to_jax(array, record, weak=getattr(like, "weak_type", False)), sharding)
+        return put(_to_jax(array, record, weak=getattr(like, "weak_type", False)), sharding)
     except Exception as error:
         raise CheckpointError(f"cannot place {record} on {sharding}: {error}") from None
 

@@ -20,7 +20,10 @@ from jaxdl.checkpoint import manifest as manifests
 from jaxdl.checkpoint.folders import Skipped
 from jaxdl.checkpoint.leaves import add_hashes, describe, differences, not_finite, place, to_host
 from jaxdl.checkpoint.manifest import CheckpointCorrupt, CheckpointError, CheckpointMismatch, LeafRecord, Manifest
+from jaxdl.parallel import processes, watchdog
 from jaxdl.paths import Tree, flatten, nearest
+
+SAVE_DEADLINE_S = 1800.0  # that the other processes give the first one to write a checkpoint
 
 
 class Restored(NamedTuple):
@@ -37,6 +40,9 @@ class Store:
 
     Use it as a context manager, or call `close`: a save that still runs when Python exits may be lost. One process
     writes a directory at a time.
+
+    Where a run has many processes, all of them call `save`, `wait` and `restore` together. The first one gathers the
+    state in its host memory, leaf by leaf, and writes; every process reads, so all must see the directory.
 
     Args:
       directory: made when needed.
@@ -79,6 +85,7 @@ class Store:
         self._best_metric, self._best_mode = best_metric, best_mode
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="jaxdl-checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
+        self._saving: int | None = None  # the step whose save has not been waited for, in every process
         self._writer: disk.Writer | None = None
         self._is_closed = False
         self._good: set[int] = set()  # written or verified by this process
@@ -105,14 +112,19 @@ class Store:
             cannot be written; metadata is not JSON. In every case the earlier checkpoints are intact.
         """
         self.wait()
-        step = self._checked(step)
-        content = Manifest(step, {}, {}, manifests.to_json("metadata", metadata), self._to_metrics(metrics))
-        arrays, records = to_host(state)
-        if problems := not_finite(arrays):
-            raise CheckpointError.listing(f"step {step} is not saved: its state is not finite", problems)
-        disk.nest(arrays)  # names that clash are told of now, not by the background
-        self._make_room(step)
-        self._pending = self._pool.submit(self._write, content, arrays, records)
+        arrays, records = to_host(state, is_kept=processes.is_first())
+
+        def begin() -> None:
+            number = self._checked(step)
+            content = Manifest(number, {}, {}, manifests.to_json("metadata", metadata), self._to_metrics(metrics))
+            if problems := not_finite(arrays):
+                raise CheckpointError.listing(f"step {number} is not saved: its state is not finite", problems)
+            disk.nest(arrays)  # names that clash are told of now, not by the background
+            self._make_room(number)
+            self._pending = self._pool.submit(self._write, content, arrays, records)
+
+        processes.led(f"the save of step {step}", begin, error=CheckpointError)
+        self._saving = step
 
     def _checked(self, step: int) -> int:
         if self._is_closed:
@@ -138,11 +150,10 @@ class Store:
         probe = self.directory / ".jaxdl-probe"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                probe.write_bytes(b"Orbax reports an unwritable folder late and at length.")
-                probe.unlink()
-                folders.discard(self.directory / str(step))
-                folders.discard(folders.unfinished(self.directory, step))
+            probe.write_bytes(b"Orbax reports an unwritable folder late and at length.")
+            probe.unlink()
+            folders.discard(self.directory / str(step))
+            folders.discard(folders.unfinished(self.directory, step))
         except OSError as error:
             raise self._failure(step, error) from None
 
@@ -153,8 +164,7 @@ class Store:
             self._writer.start(folder, {p: array for p, array in arrays.items() if array.size})
             leaves = add_hashes(records, arrays)
             self._writer.wait()
-            if jax.process_index() == 0:
-                manifests.write(folder, content._replace(leaves=leaves, files=manifests.hash_files(folder)))
+            manifests.write(folder, content._replace(leaves=leaves, files=manifests.hash_files(folder)))
         except Exception as error:
             raise self._failure(content.step, error) from None
         self._good.add(content.step)
@@ -182,8 +192,6 @@ class Store:
         )
 
     def _retire(self, saved: int) -> None:
-        if jax.process_index() != 0:
-            return
         while True:
             scores = self._scores()
             kept = folders.retained(
@@ -232,6 +240,8 @@ class Store:
         else:
             manifest, arrays = self._read_one(step, read)
             skipped = ()
+        remedy = f"all must see the same folder {self.directory}."
+        processes.agree("the checkpoint to go on from", manifest.step, remedy)
         like = like_at(manifest.step)
         leaves = [place(arrays.pop(path), manifest.leaves[path], leaf) for path, leaf in flatten(like).items()]
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -281,8 +291,13 @@ class Store:
         Raises:
           CheckpointError: the save failed; it is raised once.
         """
-        if self._pending is not None and self._pending.done():
+        if self._pending is None or not self._pending.done():
+            return
+        if watchdog.current() is None:
             self.wait()
+        elif (error := self._pending.exception()) is not None:
+            self._pending = self._saving = None
+            raise error
 
     def wait(self) -> None:
         """Returns when the last save is complete, its manifest included.
@@ -290,6 +305,15 @@ class Store:
         Raises:
           CheckpointError: the save failed; it is raised once, and later saves work again.
         """
+        step, pending = self._saving, self._pending
+        self._saving = None
+        if step is not None:
+            name, deadline_s = f"the end of the save of step {step}", SAVE_DEADLINE_S
+            processes.led(name, self._settled, error=CheckpointError, deadline_s=deadline_s)
+        elif pending is not None:
+            self._settled()
+
+    def _settled(self) -> None:
         pending = self._settle()
         self._pending = None
         if pending is not None:
@@ -321,6 +345,8 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._saving = None  # the other processes may not come here
         try:
             self.close()
         except CheckpointError as failure:

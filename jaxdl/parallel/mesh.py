@@ -177,5 +177,7 @@ def put(leaf: Any, sharding: NamedSharding | None) -> jax.Array:
         or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable)
     ):
         return jax.device_put(leaf, sharding)
+    if jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

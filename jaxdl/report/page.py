@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxdl.parallel.processes import is_first
 from jaxdl.report.diagnosis import Diagnosis
 from jaxdl.report.markup import bullets, embed_figure, embed_picture, escape, fold, frame, html_table, tag
 from jaxdl.report.outcomes import (
@@ -90,7 +91,7 @@ def write_report(path: str | os.PathLike[str], report: RunReport) -> Path:
     """Writes the page, and its plots as `plots/*.png` in the same folder.
 
     The page has no scripts and loads nothing: pictures and style are inside it. All text is escaped. The file appears
-    whole or not at all.
+    whole or not at all. Of many processes the first one writes it.
 
     Args:
       path: the HTML file; its folders are made.
@@ -109,6 +110,8 @@ def write_report(path: str | os.PathLike[str], report: RunReport) -> Path:
       True
     """
     path = Path(path)
+    if not is_first():
+        return path
     plots = path.parent / "plots"
     sections = (_diagnosis, _curves, _predictions, _confusion, _calibration, _mistakes, _further, _parameters, _config)
     body = "\n".join([_headline(report), *(make(report, plots) for make in sections), _footing(report)])
