@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments import images, settings
+from experiments import images, settings, sketching
 from experiments.training import Supervised, Task, predict, train
 from jaxdl.command import run_command
 from jaxdl.config import Parsed
 from jaxdl.loop import FitResult
 from jaxdl.models.apply import make_loss_fn
-from jaxdl.objectives import classification
+from jaxdl.objectives import Objective, classification
+from jaxdl.plan import Sketch
 from jaxdl.report import Mistake, write_report
 from jaxdl.report.outcomes import worst_rows
 
@@ -38,19 +39,31 @@ class Config(Supervised):
         if self.focal_gamma < 0:
             yield f"focal_gamma={self.focal_gamma} must not be negative."
 
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return classification(label_smoothing=self.label_smoothing, focal_gamma=self.focal_gamma)
+
+    def sketch(self) -> Sketch:
+        """The step, for `jaxdl plan`."""
+        batch, class_names, n_rows, notes = sketching.pictures(self.data)
+        model = self.model.build(len(class_names), self.hardware.dtype)
+        loss_fn = make_loss_fn(model, self.objective(), inputs="image", train=True)
+        return sketching.sketch(
+            self, model=model, inputs="image", batch=batch, loss_fn=loss_fn, n_rows=n_rows, notes=notes
+        )
+
 
 def experiment(parsed: Parsed) -> None:
     """Loads the images, trains, and writes the report."""
     config = parsed.config
     pictures = images.load(config.data, config.seed)
     model = config.model.build(len(pictures.class_names), config.hardware.dtype)
-    objective = classification(label_smoothing=config.label_smoothing, focal_gamma=config.focal_gamma)
     task = Task(
         model=model,
         inputs="image",
         train=pictures.train,
         evaluated=pictures.evaluated,
-        train_loss_fn=make_loss_fn(model, objective, inputs="image", train=True),
+        train_loss_fn=make_loss_fn(model, config.objective(), inputs="image", train=True),
         eval_loss_fn=make_loss_fn(model, classification(is_detailed=True), inputs="image", train=False),
         best_metric="validation/accuracy",
         best_mode="max",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import text, text_models
+from experiments import sketching, text, text_models
 from experiments.text_rows import TextRows, load_parts
 from experiments.training import Supervised, Task, train
 from jaxdl import JaxdlError
@@ -25,6 +25,7 @@ from jaxdl.data import Pipeline, check_labels
 from jaxdl.data.text import Documents, check_fits, encode_rows
 from jaxdl.models.apply import make_loss_fn
 from jaxdl.objectives import classification
+from jaxdl.plan import NoSketch, Sketch, array
 from jaxdl.pretrained import load
 from jaxdl.report import write_report
 
@@ -52,6 +53,25 @@ class Config(Supervised):
             yield f"label_smoothing={self.label_smoothing} must lie in [0, 1)."
         if self.snippet_lines < 1 or self.n_packages < 2:
             yield f"snippet_lines={self.snippet_lines} must be at least 1 and n_packages={self.n_packages} at least 2."
+
+    def sketch(self) -> Sketch:
+        """The step, for `jaxdl plan`."""
+        if self.pretrained is not None or self.corpus.name != "python":
+            raise NoSketch("the classes of a corpus and the sizes of pretrained weights are known once they are read.")
+        vocab_size, notes = sketching.vocabulary(self.tokenizer)
+        size: tuple[int, int] = (self.data.batch_size, self.data.length)
+        outputs: dict[str, Any] = {"head": "classify", "n_outputs": self.n_packages}
+        model = self.model.build(vocab_size, self.data.length, self.hardware.dtype, **outputs)
+        label = {"label": array(size[:1], "int32")}
+        objective = classification(label_smoothing=self.label_smoothing)
+        return sketching.sketch(
+            self,
+            model=model,
+            inputs=INPUTS,
+            batch={**sketching.encoded(*size), **label},
+            loss_fn=_loss_fn(model, objective, train=True),
+            notes=notes,
+        )
 
 
 def experiment(parsed: Parsed) -> None:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments import images, settings
+from experiments import images, settings, sketching
 from experiments.training import Supervised, Task, predict, train
 from jaxdl.command import run_command
 from jaxdl.config import Parsed
@@ -35,6 +35,7 @@ from jaxdl.loop import FitResult
 from jaxdl.models.apply import make_loss_fn
 from jaxdl.models.clip import CLIP, CLIPText, clip_block
 from jaxdl.objectives import classification
+from jaxdl.plan import Sketch
 from jaxdl.report import Mistake, write_report
 from jaxdl.report.outcomes import worst_rows
 
@@ -82,6 +83,8 @@ class Config(Supervised):
         yield from self.shared_problems(self.data.batch_size, self.data.validation)
         if self.hardware.microbatches > 1:
             yield "hardware.microbatches must be 1: a part would be compared with itself only, which is another loss."
+        if self.parallel.exact:
+            yield "parallel.exact must be False: a virtual shard would be compared with itself only."
         if self.data.batch_size < 2:
             yield f"data.batch_size={self.data.batch_size} has no negatives; use at least 2."
         if self.data.mixup_alpha or self.data.cutmix_alpha:
@@ -90,6 +93,24 @@ class Config(Supervised):
             yield f"width={self.width} must be at least 1."
         if self.loss not in ("info_nce", "sigmoid"):
             yield f"loss={self.loss!r} is unknown; use 'info_nce' or 'sigmoid'."
+
+    def sketch(self) -> Sketch:
+        """The step, for `jaxdl plan`."""
+        batch, class_names, n_rows, notes = sketching.pictures(self.data)
+        captions = Captions(class_names)
+        model, length = build(self, captions), captions.tokens.shape[2]
+        return sketching.sketch(
+            self,
+            model=model,
+            inputs=INPUTS,
+            batch={"image": batch["image"], **sketching.tokens(self.data.batch_size, length, "tokens")},
+            loss_fn=make_loss_fn(model, contrast(loss=self.loss), inputs=INPUTS, train=True),
+            n_rows=n_rows,
+            notes=notes,
+        )
+
+
+INPUTS = ("image", "tokens")
 
 
 class Captions:
@@ -174,7 +195,7 @@ def experiment(parsed: Parsed) -> None:
     config = parsed.config
     pictures = images.load(config.data, config.seed)
     captions = Captions(pictures.class_names)
-    model, inputs = build(config, captions), ("image", "tokens")
+    model, inputs = build(config, captions), INPUTS
     task = Task(
         model=model,
         inputs=inputs,

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import classify_images, images
+from experiments import classify_images, images, sketching
 from experiments.finetuning import HEADLINE, Finetune, prepare, write_outcome
 from experiments.training import Supervised, Task, train
 from jaxdl import JaxdlError
@@ -27,6 +27,7 @@ from jaxdl.command import run_command
 from jaxdl.config import ConfigError, Parsed, from_json
 from jaxdl.models.apply import init_model, make_loss_fn
 from jaxdl.objectives import Objective, classification
+from jaxdl.plan import Sketch
 from jaxdl.report import write_report
 
 
@@ -46,6 +47,26 @@ class Config(Supervised):
             yield f"label_smoothing={self.label_smoothing} must lie in [0, 1)."
         if not (Path(self.base) / "config.json").is_file():
             yield f"base={self.base!r} is no run folder with a config.json; train it first (see the docs)."
+
+    def sketch(self) -> Sketch:
+        """The step, for `jaxdl plan`."""
+        batch, class_names, n_rows, notes = sketching.pictures(self.data)
+        model = earlier(self.base).model.build(len(class_names), self.hardware.dtype)
+        row = jax.ShapeDtypeStruct((1, *batch["image"].shape[1:]), jnp.float32)
+        like = jax.eval_shape(lambda key, x: init_model(model, key, x), jax.random.key(0), row)
+        objective = classification(label_smoothing=self.label_smoothing)
+        return sketching.tuned(
+            self,
+            model=model,
+            inputs="image",
+            batch=batch,
+            loss_fn=make_loss_fn(model, objective, inputs="image", train=True),
+            like=like,
+            fresh=FRESH,
+            base=self.base,
+            n_rows=n_rows,
+            notes=notes,
+        )
 
 
 FRESH = ("head/.*",)

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import text
+import jax
+
+from experiments import sketching, text
 from experiments.classify_text import INPUTS, class_names
 from experiments.finetuning import HEADLINE, Finetune, Tuning, prepare, write_outcome
 from experiments.text_rows import TextRows, load_parts
@@ -29,6 +31,7 @@ from jaxdl.models.apply import make_loss_fn
 from jaxdl.objectives import Objective, classification
 from jaxdl.optim import eval_params
 from jaxdl.paths import Tree
+from jaxdl.plan import NoSketch, Sketch, array
 from jaxdl.pretrained import Pretrained, load, save
 from jaxdl.pretrained.peft import save_peft
 from jaxdl.report import write_report
@@ -53,24 +56,48 @@ class Config(Supervised):
             yield f"label_smoothing={self.label_smoothing} must lie in [0, 1)."
         yield from self.finetune.clashes(self)
 
+    def sketch(self) -> Sketch:
+        """The step, for `jaxdl plan`; the weights are read and checked, since nothing else tells their ledger."""
+        if not Path(self.pretrained).is_dir():
+            raise NoSketch(f"pretrained={self.pretrained!r} is no folder; a plan downloads nothing, fetch it first.")
+        base = self.load_base(("class 0", "class 1"))
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base.params)
+        size = self.data.batch_size, self.data.length
+        objective = classification(label_smoothing=self.label_smoothing)
+        return sketching.tuned(
+            self,
+            model=base.model,
+            inputs=INPUTS,
+            batch={**sketching.encoded(*size), "label": array(size[:1], "int32")},
+            loss_fn=make_loss_fn(base.model, objective, inputs=INPUTS, train=True),
+            like=(params, {}),
+            fresh=self.fresh,
+            base=self.pretrained,
+            notes=[str(base.ledger), "two classes are assumed: the corpus is not read"],
+        )
+
+    def load_base(self, names: tuple[str, ...]) -> Pretrained:
+        """The pretrained model with a fresh head for these classes."""
+        return load(
+            self.pretrained,
+            head="classify",
+            n_outputs=len(names),
+            labels=names,
+            dtype=self.hardware.dtype,
+            param_dtype="float32",
+            dropout_rate=self.dropout_rate,
+            fresh=self.fresh,
+            drop=self.drop,
+            seed=self.seed,
+        )
+
 
 def experiment(parsed: Parsed) -> None:
     """Loads the model and the text, trains, and writes the report and what the run leaves behind."""
     config, start = parsed.config, time.perf_counter()
     parts = load_parts(config.corpus, config.data)
     names = class_names(parts)
-    base = load(
-        config.pretrained,
-        head="classify",
-        n_outputs=len(names),
-        labels=names,
-        dtype=config.hardware.dtype,
-        param_dtype="float32",
-        dropout_rate=config.dropout_rate,
-        fresh=config.fresh,
-        drop=config.drop,
-        seed=config.seed,
-    )
+    base = config.load_base(names)
     print(base.ledger)
     if base.tokenizer is None:
         raise JaxdlError(

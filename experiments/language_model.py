@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import text, text_models
+from experiments import sketching, text, text_models
 from experiments.text_rows import TextRows, about, byte_counts, load_parts
 from experiments.training import Supervised, Task, train
 from jaxdl.command import run_command
@@ -28,6 +28,7 @@ from jaxdl.generate import generate
 from jaxdl.loop import FitResult
 from jaxdl.models.language import make_language_loss_fn
 from jaxdl.optim import eval_params
+from jaxdl.plan import Sketch, array
 from jaxdl.report import write_report
 
 
@@ -55,6 +56,21 @@ class Config(Supervised):
             yield f"temperature={self.temperature} must not be negative."
         if self.new_tokens >= self.data.length and not isinstance(self.model, text_models.RNN):
             yield f"new_tokens={self.new_tokens} must be below data.length={self.data.length}, the longest context."
+
+    def sketch(self) -> Sketch:
+        """The step, for `jaxdl plan`."""
+        vocab_size, notes = sketching.vocabulary(self.tokenizer)
+        model = self.model.build(vocab_size, self.data.length, self.hardware.dtype)
+        rows = self.data.batch_size
+        batch = sketching.tokens(rows, self.data.length, "tokens", "targets")
+        return sketching.sketch(
+            self,
+            model=model,
+            inputs="tokens",
+            batch={**batch, "n_bytes": array((rows,), "float32")},
+            loss_fn=make_language_loss_fn(model, train=True),
+            notes=notes,
+        )
 
 
 def experiment(parsed: Parsed) -> None:

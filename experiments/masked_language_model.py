@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import text, text_models
+from experiments import sketching, text, text_models
 from experiments.text_rows import TextRows, about, load_parts
 from experiments.training import Supervised, Task, train
 from jaxdl.command import run_command
@@ -26,6 +26,7 @@ from jaxdl.data.text import Documents, StreamWindows, TokenStream, mask_tokens
 from jaxdl.loop import FitResult
 from jaxdl.models.language import make_language_loss_fn
 from jaxdl.optim import eval_params
+from jaxdl.plan import Sketch, array
 from jaxdl.report import write_report
 
 BLANK = "___"
@@ -48,6 +49,15 @@ class Config(Supervised):
             yield f"probability={self.probability} must lie between 0 and 1."
         if self.prompt.count(BLANK) != 1:
             yield f"prompt={self.prompt!r} must hold one blank, {BLANK}."
+
+    def sketch(self) -> Sketch:
+        """The step, for `jaxdl plan`."""
+        vocab_size, notes = sketching.vocabulary(self.tokenizer)
+        model = self.model.build(vocab_size, self.data.length, self.hardware.dtype, head="masked_lm")
+        size = self.data.batch_size, self.data.length
+        batch = {**sketching.tokens(*size, "tokens", "targets"), "weight": array(size, "float32")}
+        loss_fn = make_language_loss_fn(model, train=True)
+        return sketching.sketch(self, model=model, inputs="tokens", batch=batch, loss_fn=loss_fn, notes=notes)
 
 
 def experiment(parsed: Parsed) -> None:

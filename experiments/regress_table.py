@@ -17,13 +17,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import settings
+from experiments import settings, sketching
 from experiments.training import Supervised, Task, predict, train
 from jaxdl import data
 from jaxdl.command import run_command
 from jaxdl.config import Parsed
 from jaxdl.models.apply import make_loss_fn
 from jaxdl.objectives import regression
+from jaxdl.plan import NoSketch, Sketch, array
 from jaxdl.report import write_report
 
 
@@ -62,6 +63,25 @@ class Config(Supervised):
 
     def problems(self) -> Iterator[str]:
         yield from self.shared_problems(self.data.batch_size, self.data.validation)
+
+    def sketch(self) -> Sketch:
+        """The step, for `jaxdl plan`."""
+        if self.data.train is not None:
+            raise NoSketch(f"data.train={self.data.train!r}: its columns are known only once it is read; leave it out.")
+        n_rows, n_columns = DIABETES
+        size = self.data.batch_size
+        model = self.model.build(1, self.hardware.dtype)
+        return sketching.sketch(
+            self,
+            model=model,
+            inputs="features",
+            batch={"features": array((size, n_columns), "float32"), "target": array((size,), "float32")},
+            loss_fn=make_loss_fn(model, regression(loss=self.loss), inputs="features", train=True),
+            n_rows=n_rows - round(n_rows * self.data.validation),
+        )
+
+
+DIABETES = (354, 10)  # training rows and columns of the table inside the package
 
 
 def experiment(parsed: Parsed) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from experiments import dates
+from experiments import dates, sketching
 from experiments.training import Supervised, Task, train
 from jaxdl import losses, metrics
 from jaxdl.command import run_command
@@ -28,6 +28,7 @@ from jaxdl.models.seq2seq import Seq2Seq
 from jaxdl.models.seq2seq_decode import make_translator
 from jaxdl.objectives import Objective
 from jaxdl.optim import eval_params
+from jaxdl.plan import Sketch, array
 from jaxdl.report import write_report
 
 
@@ -69,12 +70,32 @@ class Config(Supervised):
         if not 0.0 <= self.label_smoothing < 1.0:
             yield f"label_smoothing={self.label_smoothing} must lie in [0, 1)."
 
+    def sketch(self) -> Sketch:
+        """The step, for `jaxdl plan`."""
+        model, rows = self.model.build(self.hardware.dtype), self.data.batch_size
+        objective = translation(label_smoothing=self.label_smoothing)
+        return sketching.sketch(
+            self,
+            model=model,
+            inputs=INPUTS,
+            batch={
+                "source": array((rows, dates.SOURCE_LENGTH), "int32"),
+                "lengths": array((rows,), "int32"),
+                **sketching.tokens(rows, dates.TARGET_LENGTH, "previous", "targets"),
+            },
+            loss_fn=make_loss_fn(model, objective, inputs=INPUTS, train=True),
+            n_rows=self.data.n_train,
+        )
+
+
+INPUTS = ("source", "lengths", "previous")
+
 
 def experiment(parsed: Parsed) -> None:
     """Writes the dates down, trains, decodes the test rows, and writes the report."""
     config = parsed.config
     sources = dates.load(config.data, config.seed)
-    model, inputs = config.model.build(config.hardware.dtype), ("source", "lengths", "previous")
+    model, inputs = config.model.build(config.hardware.dtype), INPUTS
     objective = translation(label_smoothing=config.label_smoothing)
     task = Task(
         model=model,

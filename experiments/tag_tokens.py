@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import text, text_models
+from experiments import sketching, text, text_models
 from experiments.classify_text import INPUTS, begin
 from experiments.text_rows import TextRows, load_parts
 from experiments.training import Supervised, Task, train
@@ -27,6 +27,7 @@ from jaxdl.data import ArraySource, Pipeline
 from jaxdl.data.text import Documents, encode_tags
 from jaxdl.models.apply import make_loss_fn
 from jaxdl.objectives import classification
+from jaxdl.plan import NoSketch, Sketch, array
 from jaxdl.report import write_report
 
 PYTHON_TAGS = ("attribute", "call", "class", "function", "keyword", "name", "number", "operator", "string")
@@ -51,6 +52,18 @@ class Config(Supervised):
             yield f"corpus.name={self.corpus.name!r} has no tags; use python or brown."
         if self.max_rows is not None and self.max_rows < 1:
             yield f"max_rows={self.max_rows} must be at least 1."
+
+    def sketch(self) -> Sketch:
+        """The step, for `jaxdl plan`."""
+        if self.pretrained is not None or self.corpus.name != "python":
+            raise NoSketch("the tags of a corpus and the sizes of pretrained weights are known once they are read.")
+        vocab_size, notes = sketching.vocabulary(self.tokenizer)
+        size: tuple[int, int] = (self.data.batch_size, self.data.length)
+        outputs: dict[str, Any] = {"head": "tag", "n_outputs": len(PYTHON_TAGS)}
+        model = self.model.build(vocab_size, self.data.length, self.hardware.dtype, **outputs)
+        batch = {**sketching.encoded(*size), "label": array(size, "int32"), "weight": array(size, "float32")}
+        loss_fn = make_loss_fn(model, classification(), inputs=INPUTS, train=True)
+        return sketching.sketch(self, model=model, inputs=INPUTS, batch=batch, loss_fn=loss_fn, notes=notes)
 
 
 def experiment(parsed: Parsed) -> None:

@@ -55,11 +55,12 @@ class LlamaLike(Transformer):
     """Llama: rotary positions, RMS norms, SwiGLU, and perhaps fewer key/value heads."""
 
     n_kv_heads: int | None = None  # key/value heads; as many as query heads where None
+    is_tied: bool = True  # the logits share the token embedding; else they have a matrix of their own
 
     def build(self, vocab_size: int, length: int, dtype: Any) -> nn.Module:
         more = {"hidden": self.hidden or 8 * self.width // 3, "n_kv_heads": self.n_kv_heads, **self.fields(dtype)}
         block = llama_block(width=self.width, n_heads=self.n_heads, **more)
-        return Llama(block, vocab_size=vocab_size, is_tied=True, n_positions=length, **self.stack())
+        return Llama(block, vocab_size=vocab_size, is_tied=self.is_tied, n_positions=length, **self.stack())
 
 
 @dataclass(frozen=True)

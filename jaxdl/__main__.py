@@ -1,12 +1,15 @@
-"""Commands that compare: exit code 0 where both sides agree, 1 where not, 2 if refused.
+"""Commands that compare or plan: exit code 0 where both sides agree or a step fits, 1 where not, 2 if refused.
 
 python -m jaxdl verify-parity FOLDER
 python -m jaxdl diff A B
+python -m jaxdl plan --config FILE --topology v5e:16x16
+python -m jaxdl launch -n 4 -- python -m experiments.classify_images --config FILE
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxdl.errors import JaxdlError
 
@@ -47,8 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     diff.add_argument("--json", action="store_true", help="everything as JSON")
     diff.add_argument("--rows", type=int, default=40, help="at most so many leaves in a table; 0 for all")
     diff.set_defaults(run=_diff)
-    words = parser.parse_args(argv)
+    _add_launch(commands)
+    commands.add_parser("plan", help="what a run would do on devices that are not here", add_help=False)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
+        if given[:1] == ["plan"]:  # its flags are also those of the experiment
+            return _plan(given[1:])
+        words = parser.parse_args(given)
         code: int = words.run(words)
         return code
     except JaxdlError as error:
@@ -71,6 +79,34 @@ def _diff(words: argparse.Namespace) -> int:
     found = compare(words.a, words.b, on_note=lambda text: print(text, file=sys.stderr))
     print(found.to_json() if words.json else found.table(words.rows if words.rows > 0 else None))
     return 0 if found.is_equal else 1
+
+
+def _add_launch(commands: Any) -> None:
+    parser = commands.add_parser(
+        "launch",
+        help="start n processes of one run on this machine",
+        description="Runs a command n times over loopback, as the processes of one run. Output comes behind the number "
+        "of its process; SIGTERM and Ctrl-C go on to all. Exit code: that of the process that failed first, else 0.",
+        usage="jaxdl launch -n N [--cpu-devices K] [--port PORT] -- COMMAND ...",
+    )
+    parser.add_argument("-n", type=int, required=True, metavar="N", help="processes")
+    parser.add_argument("--cpu-devices", type=int, metavar="K", help="CPU devices of each; JAX's choice if not given")
+    parser.add_argument("--port", type=int, help="of the coordinator; a free one if not given")
+    parser.add_argument("command_line", nargs=argparse.REMAINDER, metavar="COMMAND", help="what each process runs")
+    parser.set_defaults(run=_launch)
+
+
+def _launch(words: argparse.Namespace) -> int:
+    from jaxdl.parallel.launch import launch
+
+    command = words.command_line[words.command_line[:1] == ["--"] :]
+    return launch(command, words.n, cpu_devices=words.cpu_devices, port=words.port)
+
+
+def _plan(words: Sequence[str]) -> int:
+    from jaxdl.plan.command import run
+
+    return run(words)
 
 
 if __name__ == "__main__":

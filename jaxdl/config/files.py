@@ -1,5 +1,6 @@
 """Config files: Python modules with a `get_config()` that returns a configuration."""
 
+import dataclasses
 import sys
 import traceback
 import types
@@ -25,24 +26,45 @@ def load_config(file: str, config_type: type) -> tuple[Any, list[str]]:
       >>> load_config("nowhere/mlp.py", Path)[1]
       ['config file nowhere/mlp.py: there is no folder nowhere; paths are relative to the working directory.']
     """
+    config, problems = _load(file, config_type.__name__)
+    if not problems and type(config) is not config_type:
+        wanted, got = (f"{kind.__module__}.{kind.__qualname__}" for kind in (config_type, type(config)))
+        problems = [f"get_config() returns a {got}; expected {wanted}."]
+    elif not problems:
+        encode(config_type, config, "", problems)
+    return (None if problems else config), [f"config file {file}: {problem}" for problem in problems]
+
+
+def config_type_of(file: str) -> tuple[type | None, list[str]]:
+    """Runs a config file and tells the dataclass of its configuration, whichever experiment it is of.
+
+    Args:
+      file: as for `load_config`.
+
+    Returns:
+      `(config_type, problems)`, None with a line for each reason.
+
+    Example:
+      >>> config_type_of("nowhere/mlp.py")[1]
+      ['config file nowhere/mlp.py: there is no folder nowhere; paths are relative to the working directory.']
+    """
+    config, problems = _load(file)
+    if not problems and not dataclasses.is_dataclass(type(config)):
+        problems = [f"get_config() returns a {type(config).__name__}; expected the Config of an experiment."]
+    return (None if problems else type(config)), [f"config file {file}: {problem}" for problem in problems]
+
+
+def _load(file: str, kind: str = "Config") -> tuple[Any, list[str]]:
     path = Path(file)
     if not path.is_file():
-        return None, [f"config file {file}: {_not_there(path)}"]
-    config, problems = None, []
+        return None, [_not_there(path)]
     try:
         get_config = getattr(_run(path), "get_config", None)
-        config = get_config() if callable(get_config) else None
-    except (Exception, SystemExit) as error:
-        problems = [_raised(error, path)]
-    else:
         if not callable(get_config):
-            problems = [f"it has no get_config(); write `def get_config(): return {config_type.__name__}(...)` in it."]
-        elif type(config) is not config_type:
-            wanted, got = (f"{kind.__module__}.{kind.__qualname__}" for kind in (config_type, type(config)))
-            problems = [f"get_config() returns a {got}; expected {wanted}."]
-        else:
-            encode(config_type, config, "", problems)
-    return (None if problems else config), [f"config file {file}: {problem}" for problem in problems]
+            return None, [f"it has no get_config(); write `def get_config(): return {kind}(...)` in it."]
+        return get_config(), []
+    except (Exception, SystemExit) as error:
+        return None, [_raised(error, path)]
 
 
 def _not_there(path: Path) -> str:
