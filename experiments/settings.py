@@ -191,6 +191,11 @@ class Parallel:
     mesh: str = "data=-1"  # devices along each axis, such as data=4,model=2; -1 takes all that are left
     sharding: Literal["replicated", "zero1", "fsdp", "tensor", "fsdp_tensor"] = "replicated"  # of the whole state
     cpu_devices: int | None = None  # devices that a CPU shows itself as, such as one a core; one where None
+    coordinator: str | None = None  # host:port of process 0 of several; from the environment or the cluster where None
+    process_count: int | None = None  # how many processes; as coordinator
+    process_index: int | None = None  # which one this is; as coordinator
+    deadline_s: float = 300.0  # that processes wait for each other
+    heartbeat_s: float = 30.0  # a process that says nothing for so long is taken for dead
 
     def problems(self) -> Iterator[str]:
         try:
@@ -204,6 +209,17 @@ class Parallel:
         """Comes before anything touches JAX."""
         if self.cpu_devices is not None:
             jax.config.update("jax_num_cpu_devices", self.cpu_devices)
+        parallel.initialize(
+            self.coordinator,
+            self.process_count,
+            self.process_index,
+            deadline_s=self.deadline_s,
+            heartbeat_s=self.heartbeat_s,
+        )
+
+    def moved_to(self, other: "Parallel") -> "Parallel":
+        """The section of a saved run that goes on with other devices."""
+        return other
 
     def make_mesh(self) -> jax.sharding.Mesh | None:
         """None for a single device."""

@@ -26,6 +26,8 @@ from jaxdl.loop import FitResult
 from jaxdl.losses import LossFn
 from jaxdl.models.apply import init_model, select_inputs
 from jaxdl.optim import eval_params
+from jaxdl.parallel import is_first
+from jaxdl.parallel.rows import local
 from jaxdl.paths import Rules
 from jaxdl.report import RunReport, diagnose, parameter_table, read_history
 from jaxdl.run import Run, parameter_rows
@@ -141,6 +143,7 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
         if result.stopped_by in ("SIGTERM", "SIGINT"):
             print(f"stopped by {result.stopped_by}; saved in {config.out}. Run the same command to go on.")
             return None
+        result = result._replace(state=local(result.state))  # each process looks at the result by itself
         if frozen is not None:
             _seal(run.directory, frozen, result.state)
         return result, _report(parsed, task, run, result, rows, time.perf_counter() - start)
@@ -151,6 +154,8 @@ def _seal(folder: Path, frozen: Frozen, state: TrainState) -> None:
     params = eval_params(state.opt_state, state.params)
     if frozen.hashes:
         print(frozen.check(params, state.extra))
+    if not is_first():
+        return
     shutil.rmtree(folder / "delta", ignore_errors=True)
     save_delta(folder / "delta", params, state.extra, frozen)
     print(f"delta         {folder / 'delta'}, for jaxdl.finetune.delta.load_delta")

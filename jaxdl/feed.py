@@ -9,6 +9,7 @@ from jaxdl.compilation import Compiled
 from jaxdl.data.prefetch import prefetch
 from jaxdl.errors import JaxdlError
 from jaxdl.parallel.mesh import put, put_batch
+from jaxdl.parallel.rows import WHOLE, fetchable, own_block, put_block
 from jaxdl.parallel.sharding import constrained
 from jaxdl.paths import Tree
 from jaxdl.state import TrainState
@@ -64,10 +65,12 @@ class Feed:
 
     def __init__(self, step: Step, data: Any, steps_per_call: int, mesh: jax.sharding.Mesh | None) -> None:
         self.data, self.steps_per_call, self._mesh = data, steps_per_call, mesh
+        self._block = own_block(mesh, data.batch_size) if hasattr(data, "shard") else WHOLE
         self.packing = Packing()
         step = self.packing.packed(step)
-        self.compiled = Compiled(step, donate_argnums=(0,), name="train_step")
-        self._repeated = Compiled(repeat(step, steps_per_call), donate_argnums=(0,), name="repeated train_step")
+        self.compiled = Compiled(fetchable(step, mesh), donate_argnums=(0,), name="train_step")
+        repeated = fetchable(repeat(step, steps_per_call), mesh)
+        self._repeated = Compiled(repeated, donate_argnums=(0,), name="repeated train_step")
         self._batches: Any = None
 
     @property
@@ -79,10 +82,15 @@ class Feed:
 
     def start(self, first: int, stop: int) -> None:
         put = self._put if self.steps_per_call == 1 else (lambda batch: batch)
-        self._batches = prefetch(self.data, first, stop, put=put)
+        data = self.data if self._block == WHOLE else self.data.shard(*self._block)
+        self._batches = prefetch(data, first, stop, put=put)
 
     def _put(self, batch: Any, n_leading: int = 0) -> Any:
-        return jax.device_put(batch) if self._mesh is None else put_batch(batch, self._mesh, n_leading=n_leading)
+        if self._mesh is None:
+            return jax.device_put(batch)
+        if self._block == WHOLE:
+            return put_batch(batch, self._mesh, n_leading=n_leading)
+        return put_block(batch, self._mesh, self._block, n_leading=n_leading)
 
     def program(self, n: int) -> Compiled:
         """What a call of n steps runs."""
@@ -110,14 +118,17 @@ class ResidentFeed(Feed):
 
     def __init__(self, step: Step, data: Any, arrays: Any, steps_per_call: int, mesh: jax.sharding.Mesh | None) -> None:
         super().__init__(step, data, steps_per_call, mesh)
+        self._block = WHOLE
         step = self.packing.packed(step)
         whole = None if mesh is None else jax.NamedSharding(mesh, jax.P())
         self._dataset = jax.tree.map(lambda x: put(x, whole), dict(arrays))
         self.compiled = Compiled(
-            lambda state, dataset, rows: on_rows(step, dataset)(state, rows), donate_argnums=(0,), name="train_step"
+            fetchable(lambda state, dataset, rows: on_rows(step, dataset)(state, rows), mesh),
+            donate_argnums=(0,),
+            name="train_step",
         )
         self._repeated = Compiled(
-            lambda state, dataset, rows: repeat(on_rows(step, dataset), steps_per_call)(state, rows),
+            fetchable(lambda state, dataset, rows: repeat(on_rows(step, dataset), steps_per_call)(state, rows), mesh),
             donate_argnums=(0,),
             name="repeated train_step",
         )

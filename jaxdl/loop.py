@@ -17,6 +17,8 @@ from jaxdl.errors import JaxdlError
 from jaxdl.evaluation import Evaluator
 from jaxdl.feed import Feed, make_feed
 from jaxdl.losses import LossFn
+from jaxdl.parallel import processes, watchdog
+from jaxdl.parallel.mesh import put
 from jaxdl.parallel.presets import REPLICATED
 from jaxdl.parallel.runners import unused_axes
 from jaxdl.parallel.sharding import state_shardings
@@ -94,7 +96,7 @@ def fit(
     """Trains until `steps` updates have been made, going on from the newest good checkpoint in `store`.
 
     The loop never waits for the device except to evaluate and to save: metrics are fetched one interval late. SIGTERM
-    and Ctrl-C save and return, in every phase.
+    and Ctrl-C save and return, in every phase; a signal to one of many processes stops all at the same step.
 
     Args:
       state: the state to start from; its buffers are donated.
@@ -134,7 +136,7 @@ def fit(
     )
     state = state if resumed is None else resumed.state
     loop = _Loop(
-        state=state if mesh is None else jax.device_put(state, shardings),
+        state=state if mesh is None else jax.tree.map(put, state, shardings),
         feed=feed,
         data=data,
         steps=steps,
@@ -229,6 +231,7 @@ class _Loop:
             stopped_by = self._catch_up(step, stop)
             while step < self.stop_at and not stopped_by:
                 n = self.feed.chunk(self._boundary(step) - step)
+                watchdog.enter(f"step {step + 1}")
                 self._trace(step - first)
                 self.state, vectors = self.feed.call(self.state, step, n)
                 if step == first:
@@ -250,6 +253,9 @@ class _Loop:
         return FitResult(self.state, stopped_by, self.evaluations, self.timing, self._metadata(step))
 
     def _resume(self) -> int:
+        watchdog.enter("the search for a checkpoint")
+        if self.store is not None:
+            processes.agree("the newest checkpoint", max(self.store.steps(), default=None), "all must see one folder.")
         if self.resumed is None and (self.store is None or not self.store.steps()):
             for step, reason in ({} if self.store is None else self.store.damaged()).items():
                 self._note(f"checkpoint {step} is not whole ({reason}); starting from the beginning")
@@ -320,6 +326,7 @@ class _Loop:
 
     def _evaluate(self, step: int, stop: StopFlag) -> str | None:
         self._write(self.log.drain())
+        watchdog.enter(f"the evaluation after step {step}")
         start, found = time.perf_counter(), {}
         for name, evaluator in self.evaluators.items():
             result = evaluator(self.state, stop)
@@ -336,6 +343,7 @@ class _Loop:
         if self.store is None:
             return
         self._write(self.log.drain())
+        watchdog.enter(f"the save of step {step}")
         metadata = self._metadata(step)
         scores = metrics_lib.scalars(self.evaluations) if metadata["is_evaluated"] else None
         self._timed("save_s", lambda: self.store.save(step, self.state, metadata=metadata, metrics=scores))

@@ -1,6 +1,7 @@
 """The folder of a run: its configuration, environment, metric log, checkpoints and report."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -10,13 +11,16 @@ from typing import Any, Self
 
 from jaxdl import paths
 from jaxdl.checkpoint import Store
-from jaxdl.config import ConfigError, check_resume, from_json, to_json
+from jaxdl.config import ConfigError, check_resume, from_json, leaf_values, to_json
 from jaxdl.errors import JaxdlError
 from jaxdl.optim import multipliers
+from jaxdl.parallel import processes
 from jaxdl.paths import Rules, Tree
 from jaxdl.report.environment import environment
 from jaxdl.report.progress import Progress
 from jaxdl.report.writers import CsvWriter, JsonlWriter, TensorBoardWriter, Writer
+
+_OF_A_PROCESS = ("parallel.coordinator", "parallel.process_index")  # fields that may differ between processes
 
 
 class Run:
@@ -24,13 +28,15 @@ class Run:
 
     Args:
       directory: made where it does not exist.
-      config: a frozen dataclass; a folder with checkpoints must hold the same one but for the fields in `allow`
-        and `out`, for a folder may be moved.
+      config: a frozen dataclass; a folder with checkpoints must hold the same one but for the fields in `allow`,
+        `out`, for a folder may be moved, and `parallel`, for a run may go on with other devices.
       total_steps: the planned updates, for the progress line.
       batch_size: rows of a step, for the rate of examples.
       allow: dotted config fields that may differ from the saved run's.
       keep_last, keep_best, best_metric, best_mode: as for `checkpoint.Store`.
       is_verbose: show progress and notes.
+
+    Where there are many processes, the first one writes; the others have no writers and show no progress.
 
     Attributes:
       store, writers, progress: what `loop.fit` takes.
@@ -38,6 +44,7 @@ class Run:
     Raises:
       JaxdlError: the folder cannot be written.
       ConfigError: the saved configuration differs.
+      ProcessError: the processes have different configurations, or see different checkpoints.
     """
 
     def __init__(
@@ -54,7 +61,9 @@ class Run:
         best_mode: str = "max",
         is_verbose: bool = True,
     ) -> None:
-        self.directory = _writable(Path(directory))
+        self.directory = Path(directory)
+        self._is_first = processes.is_first()
+        processes.led("opening the run folder", lambda: _check_writable(self.directory), error=JaxdlError)
         self._config_path = self.directory / "config.json"
         self._config_before = self._config_path.read_bytes() if self._config_path.exists() else None
         self.store = Store(
@@ -66,16 +75,19 @@ class Run:
         )
         self._steps_before = self.store.steps()
         notes = _settle_config(self._config_path, config, allow) if self._steps_before else []
-        replace_text(self._config_path, to_json(config))
+        _agree(self.directory, config, self._steps_before)
         self.environment = environment()
-        replace_text(self.directory / "environment.json", json.dumps(self.environment, indent=2) + "\n")
-        self.writers: list[Writer] = [
-            JsonlWriter(self.directory / "metrics.jsonl"),
-            CsvWriter(self.directory / "metrics.csv"),
-            TensorBoardWriter(self.directory / "tensorboard"),
-        ]
-        start = max(self._steps_before, default=0)
-        self.progress = Progress(total_steps, start, examples_per_step=batch_size) if is_verbose else None
+        self.writers: list[Writer] = []
+        if self._is_first:
+            replace_text(self._config_path, to_json(config))
+            replace_text(self.directory / "environment.json", json.dumps(self.environment, indent=2) + "\n")
+            self.writers = [
+                JsonlWriter(self.directory / "metrics.jsonl"),
+                CsvWriter(self.directory / "metrics.csv"),
+                TensorBoardWriter(self.directory / "tensorboard"),
+            ]
+        start, is_shown = max(self._steps_before, default=0), is_verbose and self._is_first
+        self.progress = Progress(total_steps, start, examples_per_step=batch_size) if is_shown else None
         if start >= total_steps:
             notes.append(f"{self.directory} is complete; delete it or choose another --config.out to train anew")
         for note in notes:
@@ -92,7 +104,8 @@ class Run:
             writer.close()
         if self.progress is not None:
             self.progress.close()
-        if isinstance(error, JaxdlError) and error.exit_code == 2 and self.store.steps() == self._steps_before:
+        is_refused = isinstance(error, JaxdlError) and error.exit_code == 2
+        if self._is_first and is_refused and self.store.steps() == self._steps_before:
             self._forget_config()
         self.store.__exit__(kind, error, trace)
 
@@ -104,7 +117,7 @@ class Run:
             self._config_path.write_bytes(self._config_before)
 
 
-def _writable(directory: Path) -> Path:
+def _check_writable(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / ".jaxdl-probe"
@@ -112,11 +125,18 @@ def _writable(directory: Path) -> Path:
         probe.unlink()
     except OSError as error:
         raise JaxdlError(f"the run folder {directory} cannot be written: {error.strerror}; choose another.") from None
-    return directory
+
+
+def _agree(directory: Path, config: Any, steps: list[int]) -> None:
+    """All processes have read what is there before the first one writes."""
+    fields = {name: repr(value) for name, value in leaf_values(config).items() if name not in _OF_A_PROCESS}
+    digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:12]
+    processes.agree("the configuration", digest, "give all the same flags.")
+    processes.agree("the list of checkpoints", steps, f"all must see the same folder {directory}.")
 
 
 def _settle_config(path: Path, config: Any, allow: Sequence[str]) -> list[str]:
-    """Compares with the configuration that the checkpoints were made with; the folder itself may have been moved."""
+    """Compares with the configuration that the checkpoints were made with; folder and devices may be others."""
     try:
         saved = from_json(type(config), path.read_text())
     except (OSError, UnicodeDecodeError, ConfigError) as error:
@@ -126,6 +146,8 @@ def _settle_config(path: Path, config: Any, allow: Sequence[str]) -> list[str]:
         ) from None
     if hasattr(config, "out"):
         saved = dataclasses.replace(saved, out=config.out)
+    if hasattr(config, "parallel"):
+        saved = dataclasses.replace(saved, parallel=saved.parallel.moved_to(config.parallel))
     return check_resume(saved, config, allow=allow)
 
 

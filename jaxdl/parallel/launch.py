@@ -41,6 +41,7 @@ def launch(command: Sequence[str], n_processes: int, *, cpu_devices: int | None 
 
     Example:
       >>> launch([sys.executable, "-c", "import os; print(os.environ['JAXDL_PROCESS_COUNT'])"], 1)
+      [0] 1
       0
     """
     counts = {"n_processes": n_processes, "cpu_devices": 1 if cpu_devices is None else cpu_devices}
