@@ -33,7 +33,7 @@ class Task(NamedTuple):
     trainable: Rules = ALL
 
     def optimizer(self) -> optax.GradientTransformation:
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, weight_decay=0.1))
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, eps=1e-5, weight_decay=0.1))
 
     def state(self) -> TrainState:
         return create_state(self.params, {}, self.optimizer(), rng=jax.random.key(1), trainable=self.trainable)
@@ -79,7 +79,7 @@ class Reader(nn.Module):
     def __call__(self, tokens_BT: Any, mask: Any, *, train: bool = False) -> Any:
         x_BTD = nn.Embed(VOCAB_SIZE, 16, name="embed")(tokens_BT)
         layers = Recurrent(16, "lstm", 1, True, dropout_rate=self.dropout_rate, name="recurrent")
-        y_BTF, _ = layers(x_BTD, mask, train=train)
+        y_BTF, _ = layers(x_BTD, mask=mask, train=train)
         return nn.Dense(N_CLASSES, name="head")((y_BTF * mask[..., None]).mean(1))
 
 

@@ -4,6 +4,7 @@
 device's rows; the step itself then sums over the mapped axis, which `make_train_step(..., axis_name="data")` does.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,26 @@ def jit_step(step: Step, mesh: Mesh, shardings: Tree) -> Runner:
     return lambda state, batch: compiled(jax.device_put(state, shardings), put_batch(batch, mesh))
 
 
+def mapped(step: Step, mesh: Mesh) -> Step:
+    """Makes a step that runs `step` on each device's rows and holds the whole state on every device.
+
+    A recurrent scan that XLA cuts by itself exchanges data at every time step; mapped, a device scans its own rows.
+
+    Args:
+      step: made with `axis_name="data"`.
+      mesh: devices with the axis `data` alone.
+
+    Returns:
+      A step on global arrays, to be compiled, guarded, repeated or given to `fit` as any other.
+
+    Raises:
+      ShardingError: the mesh has other axes.
+    """
+    _check_axes(mesh)
+    by_rows = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(), check_vma=False)
+    return functools.wraps(step)(by_rows)
+
+
 def shard_map_step(step: Step, mesh: Mesh) -> Runner:
     """Runs a step on each device's rows, with the whole state on every device (`jax.shard_map`).
 
@@ -61,9 +82,7 @@ def shard_map_step(step: Step, mesh: Mesh) -> Runner:
     Raises:
       ShardingError: the mesh has other axes.
     """
-    _check_axes(mesh)
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(), check_vma=False)
-    compiled, whole = jax.jit(mapped, donate_argnums=0), NamedSharding(mesh, P())
+    compiled, whole = jax.jit(mapped(step, mesh), donate_argnums=0), NamedSharding(mesh, P())
     return lambda state, batch: compiled(jax.device_put(state, whole), put_batch(batch, mesh))
 
 
@@ -83,12 +102,12 @@ def pmap_step(step: Step, mesh: Mesh) -> Runner:
     _check_axes(mesh)
     if not NamedSharding(mesh, P()).is_fully_addressable:
         raise ShardingError("pmap_step runs in one process; use shard_map_step or jit_step on several.")
-    mapped = jax.pmap(step, DATA, in_axes=(None, 0), out_axes=None, devices=list(mesh.devices.flat))
+    by_device = jax.pmap(step, DATA, in_axes=(None, 0), out_axes=None, devices=list(mesh.devices.flat))
     n = mesh.size
 
     def run(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         batch_shardings(batch, mesh)  # says what does not divide
-        return mapped(state, jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch))
+        return by_device(state, jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch))
 
     return run
 

@@ -124,9 +124,9 @@ def state_shardings(rules: Rules, abstract_state: Tree, mesh: Mesh) -> Tree:
     specs: dict[str, P] = {}
     for i, (regex, value) in enumerate(rules):
         own = {path: leaves[path] for path, number in numbers.items() if number == i}
-        found = _place(f"rule {regex!r}", value, own, mesh)
-        problems += found[1]
-        specs |= found[0]
+        found, more = _place(f"rule {regex!r}", value, own, mesh)
+        specs |= found
+        problems += more or _idle(regex, value, own, specs, mesh)
     if problems:
         raise ShardingError.listing("the state does not fit the mesh", problems)
     placed = [NamedSharding(mesh, specs[path]) for path in leaves]
@@ -138,8 +138,7 @@ def _place(name: str, value: Any, own: dict[str, Any], mesh: Mesh) -> tuple[dict
         return dict.fromkeys(own, P()), []
     if not isinstance(value, (P, Split, Fsdp)):
         return {}, [f"{name} has the value {value!r}; give None, a PartitionSpec, Split or Fsdp."]
-    names = value.axes if isinstance(value, (Split, Fsdp)) else _names(value)
-    unknown = [axis for axis in names if axis not in mesh.shape]
+    unknown = [axis for axis in _axes(value) if axis not in mesh.shape]
     if unknown:
         near = ", ".join(mesh.shape)
         return {}, [f"{name} names the axis {', '.join(map(repr, unknown))}; the mesh has {near}."]
@@ -151,19 +150,27 @@ def _place(name: str, value: Any, own: dict[str, Any], mesh: Mesh) -> tuple[dict
             continue
         specs[path] = value if isinstance(value, P) else value.spec(leaf.shape, itemsize(leaf), mesh)
         problems += _left_whole(path, value, leaf, specs[path], mesh)
-    if (
-        own
-        and not problems
-        and names
-        and all(mesh.shape[axis] == 1 or not _cuts(specs.values(), axis) for axis in names)
-    ):
-        largest = max(own, key=lambda path: n_bytes(own[path]))
-        if any(mesh.shape[axis] > 1 for axis in names):
-            problems.append(
-                f"{name} cuts nothing: its largest array {largest} has {n_bytes(own[largest]):,} bytes, below "
-                f"floor_bytes={getattr(value, 'floor_bytes', 0):,}; lower the floor, or give (regex, None)."
-            )
     return specs, problems
+
+
+def _idle(regex: str, value: Any, own: dict[str, Any], specs: dict[str, P], mesh: Mesh) -> list[str]:
+    """A rule that cuts nothing; what a generated list has for the rest may, where the rules before it cut."""
+    axes = [axis for axis in _axes(value) if mesh.shape[axis] > 1]
+    looked_at = specs if regex == paths.REST else {path: specs[path] for path in own}
+    if not own or not axes or any(_cuts(looked_at.values(), axis) for axis in axes):
+        return []
+    largest = max(own, key=lambda path: n_bytes(own[path]))
+    return [
+        f"rule {regex!r} cuts nothing: its largest array {largest} has {n_bytes(own[largest]):,} bytes, below "
+        f"floor_bytes={getattr(value, 'floor_bytes', 0):,}; lower the floor, or give (regex, None)."
+    ]
+
+
+def _axes(value: Any) -> tuple[str, ...]:
+    """The mesh axes that a rule value names."""
+    if value is None:
+        return ()
+    return value.axes if isinstance(value, (Split, Fsdp)) else _names(value)
 
 
 def _cuts(specs: Any, axis: str) -> bool:
@@ -250,7 +257,8 @@ def constrained(step: Any, mesh: Mesh, shardings: Tree) -> Any:
     @functools.wraps(step)
     def constrained_step(state: Any, batch: Any) -> tuple[Any, Any]:
         batch = jax.lax.with_sharding_constraint(batch, batch_shardings(batch, mesh))
-        state, metrics = step(state, batch)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # where a model looks for an axis `sequence`
+            state, metrics = step(state, batch)
         return jax.lax.with_sharding_constraint(state, shardings), metrics
 
     return constrained_step
