@@ -4,10 +4,13 @@
 """
 
 import atexit
+import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -22,6 +25,7 @@ COORDINATOR, COUNT, INDEX = "JAXDL_COORDINATOR", "JAXDL_PROCESS_COUNT", "JAXDL_P
 VERDICT_S = 3.0  # what the watchdog is given to name a dead process before JAX's own error is shown
 
 Result = TypeVar("Result")
+_handlers: list[Any] = []  # what C calls must stay
 
 
 def initialize(
@@ -68,6 +72,7 @@ def initialize(
     names, sockets = call_the_roll(place, deadline_s)
     watchdog.use(Link(place.index, names, sockets, heartbeat_s=heartbeat_s, deadline_s=deadline_s))
     atexit.register(_leave)
+    _abort_late()
     _join_jax(place, deadline_s, heartbeat_s)
     sys.excepthook = _Patient(sys.excepthook)
     return True
@@ -170,6 +175,17 @@ def _leave() -> None:
             link.close()
         else:
             link.fail(f"{type(error).__name__}: {error}"[:300])
+
+
+def _abort_late() -> None:
+    """When process 0 dies, JAX's client aborts the others within milliseconds; the watchdog is to be first.
+
+    JAX takes no other answer: it cannot call a Python function with the error it found.
+    """
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: time.sleep(VERDICT_S))
+    with suppress(OSError, TypeError, AttributeError):  # a system without such a C library aborts at once
+        ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+        _handlers.append(handler)
 
 
 class _Patient:
