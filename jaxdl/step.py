@@ -5,7 +5,7 @@ They compose as JAX's own transformations do: `jax.jit(repeat(guard(make_train_s
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,36 @@ from jaxdl.state import ALL, TrainState, check_opt_state, split_trainable
 Array = jax.Array
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 EvalStep = Callable[[TrainState, Any], dict[str, Any]]
+
+
+class Sums(NamedTuple):
+    """What a step knows of its rows before it divides.
+
+    Attributes:
+      grads: tree, the summed gradient of the trainable leaves, times `scale`.
+      out: the summed loss, weight and metrics; `extra` is the new one, never None.
+      scale: float32 scalar of loss scaling, or None.
+    """
+
+    grads: Tree
+    out: LossOut
+    scale: Array | None
+
+
+class Halves(NamedTuple):
+    """A step as the two functions that it is made of, for runners that compile them apart (`parallel.exact`).
+
+    Attributes:
+      gradient: `(state, batch, rng) -> Sums` over the rows of this batch.
+      update: `(state, sums) -> (state, metrics)`.
+      loss_fn: the loss of `gradient`.
+      microbatches: the parts into which `gradient` cuts its batch.
+    """
+
+    gradient: Callable[[TrainState, Any, Array], Sums]
+    update: Callable[[TrainState, Sums], tuple[TrainState, dict[str, Any]]]
+    loss_fn: LossFn
+    microbatches: int
 
 
 def make_train_step(
@@ -51,7 +81,7 @@ def make_train_step(
       `(state, batch) -> (state, metrics)`. Metrics are the loss and the sums of `loss_fn` as `Mean`s and the like,
       and the bare numbers `grad_norm` (over trainable leaves; 0 where loss scaling skipped an overflow) and, where
       the optimizer tells them, `learning_rate`, the rate of this update, and `loss_scale`, with `skipped`, the share of
-      updates that overflowed. The function has the attribute `trainable`.
+      updates that overflowed. The function has the attributes `trainable` and `halves`.
 
     Raises:
       JaxdlError: microbatches < 1, or at tracing a batch that does not divide, or a loss that changes statistics of a
@@ -72,14 +102,11 @@ def make_train_step(
         raise JaxdlError(f"microbatches={microbatches} must be at least 1.")
     tx = optax.with_extra_args_support(tx)
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def gradient(state: TrainState, batch: Any, rng: Array) -> Sums:
         moving, frozen = split_trainable(state.params, trainable)
         scale = loss_scale_of(state.opt_state)
         if scale is not None:  # a loss is a sum over rows: without this a larger batch would overflow earlier
             scale = scale * microbatches / jax.tree.leaves(batch)[0].shape[0]
-        rng = jax.random.fold_in(state.rng, state.step)
-        if axis_name is not None:
-            rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
 
         def scaled_loss_fn(moving: Tree, extra: Tree, batch: Any, rng: Array) -> tuple[Array, LossOut]:
             params = merge(moving, frozen)
@@ -88,11 +115,11 @@ def make_train_step(
             check_statistics(params, extra, out.extra, trainable)
             return out.total if scale is None else out.total * scale, out
 
-        grads, out = _accumulate(scaled_loss_fn, moving, state.extra, batch, rng, microbatches)
-        if axis_name is not None:
-            grads, total, weight, sums = jax.lax.psum((grads, out.total, out.weight, out.sums), axis_name)
-            extra = keep_statistics(state.params, state.extra, jax.lax.pmean(out.extra, axis_name), trainable)
-            out = LossOut(total, weight, sums, extra)
+        return Sums(*_accumulate(scaled_loss_fn, moving, state.extra, batch, rng, microbatches), scale)
+
+    def update(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, Any]]:
+        grads, out, scale = sums
+        moving, frozen = split_trainable(state.params, trainable)
         divisor = jnp.where(out.weight == 0, 1.0, out.weight)
         grads = jax.tree.map(lambda g: g / (divisor if scale is None else divisor * scale).astype(g.dtype), grads)
         updates, opt_state = _update(tx, grads, state.opt_state, moving, out.total / divisor)
@@ -104,8 +131,23 @@ def make_train_step(
         )
         return new_state, _step_metrics(out, grads, opt_state)
 
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        if axis_name is None:
+            return update(state, gradient(state, batch, rng))
+        sums = gradient(state, batch, jax.random.fold_in(rng, jax.lax.axis_index(axis_name)))
+        return update(state, _sum_over(axis_name, state, sums, trainable))
+
     train_step.trainable = trainable  # type: ignore[attr-defined]
+    train_step.halves = Halves(gradient, update, loss_fn, microbatches)  # type: ignore[attr-defined]
     return train_step
+
+
+def _sum_over(axis_name: str, state: TrainState, sums: Sums, trainable: Rules) -> Sums:
+    grads, out, scale = sums
+    grads, total, weight, more = jax.lax.psum((grads, out.total, out.weight, out.sums), axis_name)
+    extra = keep_statistics(state.params, state.extra, jax.lax.pmean(out.extra, axis_name), trainable)
+    return Sums(grads, LossOut(total, weight, more, extra), scale)
 
 
 def _accumulate(grad_of: Any, moving: Tree, extra: Tree, batch: Any, rng: Array, n: int) -> tuple[Tree, LossOut]:
@@ -129,9 +171,10 @@ def _accumulate(grad_of: Any, moving: Tree, extra: Tree, batch: Any, rng: Array,
 
 
 def _cut(x: Array, n: int) -> Array:
+    """Part i has the rows i, i + n, ...: where a batch lies over devices, every part then has rows of each of them."""
     if x.shape[0] % n:
         raise JaxdlError(f"a batch of {x.shape[0]} rows does not divide into microbatches={n}; use a divisor of it.")
-    return x.reshape(n, x.shape[0] // n, *x.shape[1:])
+    return x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
 
 
 def _update(tx: Any, grads: Tree, opt_state: Tree, moving: Tree, loss: Array) -> tuple[Tree, Tree]:
@@ -220,6 +263,7 @@ def repeat(step: Step, n: int) -> Step:
             raise JaxdlError(f"repeat(step, {n}) needs leaves with a first axis of {n}; these differ: {wrong}.")
         return jax.lax.scan(step, state, batches)
 
+    vars(repeated).pop("halves", None)  # those of one update
     return repeated
 
 
@@ -283,7 +327,10 @@ def guard(step: Step, policy: str = "stop") -> Step:
         skipped = Mean(jnp.maximum(1.0 - good.astype(jnp.float32), overflow), jnp.float32(1))
         return _where(good, new, state.replace(step=new.step)), {**kept, "skipped": skipped}
 
-    return stop if policy == "stop" else skip
+    guarded = stop if policy == "stop" else skip
+    if hasattr(step, "halves"):
+        guarded.halves = step.halves._replace(update=guard(step.halves.update, policy))  # type: ignore[attr-defined]
+    return guarded
 
 
 def _harmless(value: Any, good: Array) -> Any:

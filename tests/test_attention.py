@@ -107,7 +107,7 @@ def test_keys_beyond_a_block_of_queries_are_left_out_and_nothing_else(n_groups, 
 def test_a_bias_in_rows_is_the_bias(shape, n_groups):
     b, h, t = shape
     bias = jnp.asarray(RNG.standard_normal((b, h, t, 5)))
-    whole = jnp.broadcast_to(bias, (2, 6, 4, 5)).reshape(2 * n_groups, 6 // n_groups * 4, 5)
+    whole = jnp.broadcast_to(bias, (2, 6, 4, 5)).reshape(2, n_groups, 6 // n_groups * 4, 5)
     rows = attention._in_rows(bias, (2, 6, 4, 8), n_groups)
     np.testing.assert_array_equal(jnp.broadcast_to(rows, whole.shape), whole)
 

@@ -14,7 +14,7 @@ from jaxdl.choices import tell
 from jaxdl.models.checks import ModelError
 from jaxdl.models.positions import distances
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "ring")
 BLOCKS, LEAST_BLOCK = 4, 32
 
 
@@ -83,6 +83,7 @@ def attend(
       softcap: scores become `softcap * tanh(scores / softcap)`.
       dropout_fn: applied to the probabilities, (B, H, T, S).
       implementation: "xla", "cudnn" (flash attention on an NVIDIA GPU) or "auto", which says in the log what it took.
+        "ring" is "auto" here: what can go round a ring of devices is not sent here, see `attend_in_ring`.
       is_causal: the mask lets no query see keys beyond its own place (T = S), so that work on those can be left out.
 
     Returns:
@@ -122,12 +123,88 @@ def _choose(implementation: str, query_BTHK: Array, softcap: float | None, dropo
         }.items()
         if is_met
     ]
+    implementation = "auto" if implementation == "ring" else implementation
     if implementation == "cudnn" and obstacles:
         raise ModelError(f"attention='cudnn' cannot be used: {'; '.join(obstacles)}. Use 'auto' or 'xla'.")
     choice = "xla" if obstacles or implementation == "xla" else "cudnn"
     reason = "asked for" if implementation != "auto" else obstacles[0] if obstacles else f"{dtype} on a GPU"
     tell("attention", choice, reason)
     return choice
+
+
+def ring_mesh(implementation: str, query_BTHK: Array, bias: Array | None, dropout_fn: Any) -> Any:
+    """The mesh whose axis `sequence` self-attention goes round, or None.
+
+    A step that `jit_step` or `fit` compiles for a mesh is traced with the mesh in scope; so is what is compiled under
+    `jax.set_mesh(mesh)`. Elsewhere there is no axis, and "ring" is what a single device does.
+
+    Args:
+      implementation: "ring" and "auto" take the ring where the axis has several devices.
+      query_BTHK, bias, dropout_fn: as for `attend`.
+
+    Raises:
+      ModelError: "ring" is asked for and cannot be.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    n, n_data = (mesh.shape.get(axis, 1) for axis in ("sequence", "data"))
+    if n == 1 or implementation not in ("auto", "ring"):
+        return None
+    n_rows, n_tokens = query_BTHK.shape[:2]
+    obstacles = [
+        reason
+        for reason, is_met in {
+            f"{n_tokens} tokens do not divide over the {n} devices of the axis 'sequence'": n_tokens % n != 0,
+            f"{n_rows} rows do not divide over the {n_data} devices of the axis 'data'": n_rows % n_data != 0,
+            "scores have a learned bias": bias is not None,
+            "probabilities are dropped out": dropout_fn is not None,
+        }.items()
+        if is_met
+    ]
+    if implementation == "ring" and obstacles:
+        raise ModelError(f"attention='ring' cannot be used: {'; '.join(obstacles)}. Use 'auto' or 'xla'.")
+    if obstacles:
+        tell("attention", "no ring", obstacles[0])
+        return None
+    tell("attention", "ring", f"the axis 'sequence' of the mesh has {n} devices")
+    return mesh
+
+
+def attend_in_ring(
+    mesh: Any,
+    query_BTHK: Array,
+    key_BTGK: Array,
+    value_BTGK: Array,
+    sight: Sight,
+    *,
+    scale: float,
+    softcap: float | None,
+    is_causal: bool,
+    window: int | None,
+    slopes_H: Array | None,
+) -> Array:
+    """`attend` with the sequence cut over the axis `sequence` of a mesh, see `parallel.ring`.
+
+    Args:
+      mesh: of `ring_mesh`.
+      query_BTHK, key_BTGK, value_BTGK, scale, softcap: as for `attend`.
+      sight, is_causal, window: who sees whom.
+      slopes_H: (H,) of ALiBi, or None.
+
+    Returns:
+      (B, T, H, K), the dtype of the values.
+    """
+    from jaxdl.parallel.ring import Ends, Rule, ring_attention  # which builds on the models
+
+    return ring_attention(
+        query_BTHK,
+        key_BTGK,
+        value_BTGK,
+        mesh=mesh,
+        rule=Rule(scale, is_causal, window, softcap),
+        queries=Ends(sight.query_slots, None, sight.query_documents),
+        keys=Ends(sight.key_slots, sight.key_mask, sight.key_documents),
+        slopes_H=slopes_H,
+    )
 
 
 def _attend_xla(
@@ -140,18 +217,21 @@ def _attend_xla(
     dropout_fn: Any,
     n_blocks: int,
 ) -> Array:
-    """Batched products over (B G, R T, K): XLA on a CPU runs them twice as fast as an einsum over BTHK.
+    """Batched products over (B, G, R T, K): XLA on a CPU runs them twice as fast as an einsum over BTHK.
+
+    Batch and heads stay two axes: merged, they could not be cut over two axes of a mesh.
 
     With several blocks of queries, those of a block get the keys up to its end.
     """
-    (B, T, _, K), (S, G) = query_BTHK.shape, key_BSGK.shape[1:3]
+    T, S = query_BTHK.shape[1], key_BSGK.shape[1]
     query_BHTK = jnp.swapaxes(query_BTHK * scale, 1, 2)
-    key_NSK, value_NSK = (jnp.swapaxes(x, 1, 2).reshape(B * G, S, K) for x in (key_BSGK, value_BSGK))
+    key_BGSK, value_BGSK = (jnp.swapaxes(x, 1, 2) for x in (key_BSGK, value_BSGK))
     parts, size = [], T // n_blocks
     for start in range(0, T, size):
         stop, n = start + size, S if n_blocks == 1 else start + size
         near = None if bias is None else _cut(bias, start, stop, n)
-        parts.append(_mix(query_BHTK[:, :, start:stop], key_NSK[:, :n], value_NSK[:, :n], near, softcap, dropout_fn))
+        queries, keys, values = query_BHTK[:, :, start:stop], key_BGSK[:, :, :n], value_BGSK[:, :, :n]
+        parts.append(_mix(queries, keys, values, near, softcap, dropout_fn))
     mixed_BHTK = parts[0] if n_blocks == 1 else jnp.concatenate(parts, 2)
     return jnp.swapaxes(mixed_BHTK, 1, 2)
 
@@ -161,38 +241,38 @@ def _cut(bias: Array, start: int, stop: int, n: int) -> Array:
 
 
 def _mix(
-    query_BHTK: Array, key_NSK: Array, value_NSK: Array, bias: Array | None, softcap: float | None, dropout_fn: Any
+    query_BHTK: Array, key_BGSK: Array, value_BGSK: Array, bias: Array | None, softcap: float | None, dropout_fn: Any
 ) -> Array:
     """The softmax-weighted sums, (B, H, T, K)."""
-    (B, H, T, K), (N, S) = query_BHTK.shape, key_NSK.shape[:2]
-    dtype, M = jnp.promote_types(query_BHTK.dtype, jnp.float32), B * H // N * T
-    query_NMK = query_BHTK.reshape(N, M, K)
-    scores_NMS = jax.lax.dot_general(query_NMK, key_NSK, (((2,), (2,)), ((0,), (0,))), preferred_element_type=dtype)
+    (B, H, T, K), (G, S) = query_BHTK.shape, key_BGSK.shape[1:3]
+    dtype, M, batch = jnp.promote_types(query_BHTK.dtype, jnp.float32), H // G * T, ((0, 1), (0, 1))
+    query_BGMK = query_BHTK.reshape(B, G, M, K)
+    scores_BGMS = jax.lax.dot_general(query_BGMK, key_BGSK, (((3,), (3,)), batch), preferred_element_type=dtype)
     if softcap is not None:
-        scores_NMS = softcap * jnp.tanh(scores_NMS / softcap)
+        scores_BGMS = softcap * jnp.tanh(scores_BGMS / softcap)
     if bias is not None:
-        scores_NMS = scores_NMS + _in_rows(bias, query_BHTK.shape, N // B)
-    probabilities_NMS = jax.nn.softmax(scores_NMS, axis=-1).astype(value_NSK.dtype)
+        scores_BGMS = scores_BGMS + _in_rows(bias, query_BHTK.shape, G)
+    probabilities_BGMS = jax.nn.softmax(scores_BGMS, axis=-1).astype(value_BGSK.dtype)
     if dropout_fn is not None:
-        probabilities_NMS = dropout_fn(probabilities_NMS.reshape(B, H, T, S)).reshape(N, M, S)
-    mixed_NMK = jax.lax.dot_general(probabilities_NMS, value_NSK, (((2,), (1,)), ((0,), (0,))))
-    return mixed_NMK.reshape(B, H, T, K)
+        probabilities_BGMS = dropout_fn(probabilities_BGMS.reshape(B, H, T, S)).reshape(B, G, M, S)
+    mixed_BGMK = jax.lax.dot_general(probabilities_BGMS, value_BGSK, (((3,), (2,)), batch))
+    return mixed_BGMK.reshape(B, H, T, K)
 
 
 def _in_rows(bias: Array, shape: tuple[int, ...], G: int) -> Array:
-    """(B or 1, H or 1, T or 1, S) -> what broadcasts to (B G, R T, S), no larger than it must be.
+    """(B or 1, H or 1, T or 1, S) -> what broadcasts to (B, G, R T, S), no larger than it must be.
 
     Example:
       >>> padding, causal = jnp.zeros((2, 1, 1, 5)), jnp.zeros((1, 1, 4, 5))
       >>> _in_rows(padding, (2, 6, 4, 8), 3).shape, _in_rows(causal, (2, 6, 4, 8), 3).shape
-      ((6, 1, 5), (1, 8, 5))
+      ((2, 1, 1, 5), (1, 1, 8, 5))
     """
-    (B, H, T, _), (b, h, t, S) = shape, bias.shape
+    (_, H, T, _), (b, h, t, S) = shape, bias.shape
     R = H // G
     r = R if h > 1 or t > 1 else 1
-    full = (B if h > 1 else b, 1 if b == h == 1 else G, r, T if r > 1 or t > 1 else 1, S)
+    g, t_full = G if h > 1 else 1, T if r > 1 else t
     heads = bias.reshape(b, G, R, t, S) if h > 1 else bias[:, :, None]
-    return jnp.broadcast_to(heads, full).reshape(full[0] * full[1], -1, S)
+    return jnp.broadcast_to(heads, (b, g, r, t_full, S)).reshape(b, g, r * t_full, S)
 
 
 def _added(mask: Array | None, bias: Array | None, dtype: Any) -> Array | None:

@@ -31,7 +31,9 @@ def product(inputs: Array, kernel_DF: Array, dimension_numbers: Any = None, **op
     """
     usual = (((inputs.ndim - 1,), (0,)), ((), ()))
     numbers = usual if dimension_numbers is None else dimension_numbers
+    is_long = jax.sharding.get_abstract_mesh().shape.get("sequence", 1) > 1  # merged, time cannot be cut over devices
     is_merged = numbers == usual and inputs.ndim > 2 and kernel_DF.ndim == 2 and jax.default_backend() == "cpu"
+    is_merged = is_merged and not is_long
     rows = inputs.reshape(-1, inputs.shape[-1]) if is_merged else inputs
     out = jax.lax.dot_general(rows, kernel_DF, (((1,), (0,)), ((), ())) if is_merged else numbers, **options)
     return out.reshape(*inputs.shape[:-1], kernel_DF.shape[1]) if is_merged else out
