@@ -1,5 +1,6 @@
 """Plans: what is counted against closed forms, what is refused before it is compiled, and what a command prints."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -170,7 +171,7 @@ TPU_TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(
   ROOT %dynamic-slice.1 = f32[1,128]{1,0} dynamic-slice(%param_0.1, %param_1, %constant.9), dynamic_slice_sizes={1,128}
 }
 
-%body.1 (arg: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+%body.1 (arg: (s32[], /*index=5*/f32[8,128])) -> (s32[], f32[8,128]) {
   %arg = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
   %gte.0 = s32[]{:T(128)} get-tuple-element(%arg), index=0
   %gte.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%arg), index=1
@@ -228,6 +229,18 @@ def test_the_text_of_a_tpu_is_read():
     # The loop reads one row of the eight each time and writes it: 6 x (512 + 4 + 512), and what is sent.
     sent = 6 * (512 + 2048) + 2 * 2 * 4096
     assert program.traffic(read) == 6 * (512 + 4 + 512) + sent + 6 * (4 + 4 + 1)
+
+
+def test_layers_in_a_scan_leave_the_rows_of_a_batch_where_they_are():
+    """Under FSDP parameters travel, a layer at a time; XLA alone would cut states by features and gather every row."""
+    sketch = dataclasses.replace(gpt("scanned", "full"), sharding=lambda state: zero(3, floor_bytes=512))
+    tokens = array((64, 16), "int32")
+    sketch = dataclasses.replace(sketch, batch={"tokens": tokens, "targets": tokens}, mesh={"data": 8})
+    found = step.compile_step(parse_topology("cpu:8"), step.place(sketch, jax.devices()))
+    states, layer = 64 * 16 * 32 * 4, 128 * 32 * 4
+    sent = {row["kind"]: row["largest"] for row in found["collectives"] if row["kind"] != "all-reduce"}
+    assert sent["all-gather"] <= layer < states / 4
+    assert max(sent.values()) < states / 4
 
 
 # ---- topologies ----
@@ -529,8 +542,6 @@ def test_texts_are_as_the_sketch_says():
 
 def test_a_configuration_that_cannot_say_its_shapes_says_why():
     config = config_of(classify_images, "digits_cnn.py")
-    import dataclasses
-
     unknown = dataclasses.replace(config, data=images.Images(name="tfds", tfds_name="mnist"))
     with pytest.raises(NoSketch, match="known only once it is read"):
         unknown.sketch()

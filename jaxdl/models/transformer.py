@@ -147,8 +147,35 @@ class Stack(nn.Module):
 
     def _layer(self, is_scanned: bool = False) -> Any:
         if self.remat == "none":
-            return Layer
-        return nn.remat(Layer, policy=REMATS[self.remat], static_argnums=(4,), prevent_cse=not is_scanned)
+            return _PlacedLayer
+        return nn.remat(_PlacedLayer, policy=REMATS[self.remat], static_argnums=(4,), prevent_cse=not is_scanned)
+
+
+class _PlacedLayer(Layer):
+    """A layer whose states lie where the rows do; in a scan XLA would take the layout from the parameters instead."""
+
+    def __call__(self, x_BTD: Array, context: Context, cache: Cache | None, train: bool) -> tuple[Array, Cache | None]:
+        x_BTD, new = super().__call__(beside_rows(x_BTD), context, cache, train)
+        return beside_rows(x_BTD), new
+
+
+def beside_rows(x_BTD: Array) -> Array:
+    """States spread as a batch is: rows over the axis `data` of the mesh in scope, tokens over `sequence`.
+
+    Without a mesh in scope, or within `shard_map`, they are returned as they are.
+
+    Example:
+      >>> beside_rows(jnp.ones((1, 2, 3))).shape
+      (1, 2, 3)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [
+        name if size % mesh.shape.get(name, 1) == 0 and name in mesh.auto_axes else None
+        for name, size in zip(("data", "sequence"), x_BTD.shape, strict=False)
+    ]
+    if mesh.empty or axes == [None, None]:
+        return x_BTD
+    return jax.lax.with_sharding_constraint(x_BTD, jax.P(*axes))
 
 
 def resolve_layout(layout: str, blocks: Sequence[Block]) -> str:

@@ -17,7 +17,7 @@ _FREE = {
 }
 _HOLDS_OPERAND = ("all-gather-start", "collective-permute-start")  # beside the result proper
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "tuple": 0}
-_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\([^=]*\) -> .*|)\{$")
 _NAMED = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
@@ -43,6 +43,11 @@ class Instruction:
     def n_bytes(self) -> int:
         """Of the result, all arrays of a tuple together."""
         return shape_bytes(self.shape)
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes of the result in the device's main memory."""
+        return shape_bytes(self.shape, is_on_chip_free=True)
 
     @property
     def called(self) -> list[str]:
@@ -76,15 +81,24 @@ class Collective(NamedTuple):
     n_bytes: int
 
 
-def shape_bytes(text: str) -> int:
+def shape_bytes(text: str, *, is_on_chip_free: bool = False) -> int:
     """Bytes of a shape, or of all shapes of a tuple, without what a layout adds.
 
+    Args:
+      text: as XLA writes it.
+      is_on_chip_free: arrays that a layout puts into another memory than the main one, such as a TPU's VMEM (`S(1)`),
+        count nothing.
+
     Example:
-      >>> shape_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[4], pred[], s4[6])")
+      >>> shape_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[4]{0:S(1)}, pred[], s4[6])")
       36
+      >>> shape_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[4]{0:S(1)}, pred[], s4[6])", is_on_chip_free=True)
+      28
     """
     bits = 0
-    for dtype, sizes in _ARRAY.findall(text):
+    for dtype, sizes, layout in _ARRAY.findall(text):
+        if is_on_chip_free and "S(" in layout:
+            continue
         digits = re.match(r"[a-z]+?(\d+)", dtype)
         width = _BITS.get(dtype, int(digits[1]) if digits else 0)
         bits += width * math.prod(int(n) for n in sizes.split(",") if n)
@@ -105,7 +119,7 @@ def parse(text: str) -> Program:
     """
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if line.endswith("{") and " = " not in line.split("(")[0] and not line.startswith(" "):
             found = _HEADER.match(re.sub(r", execution_thread=\S+ ", " ", line))
             if found:
@@ -269,17 +283,17 @@ def traffic(program: Program) -> int:
 
 
 def _touched(program: Program, computation: list[Instruction], one: Instruction) -> int:
-    sizes = {other.name: other.n_bytes for other in computation}
+    sizes = {other.name: other.in_memory for other in computation}
     operands = [sizes.get(name, 0) for name in one.operands]
     if one.opcode in ("dynamic-slice", "gather", "slice"):
-        return 2 * one.n_bytes
+        return 2 * one.in_memory
     if one.opcode in _HOLDS_OPERAND:
-        return one.n_bytes
+        return one.in_memory
     if one.opcode == "dynamic-update-slice":
         return 2 * (operands[1] if len(operands) > 1 else 0)
     inner = program.computations.get(one.called[0], []) if one.opcode == "fusion" and one.called else []
     if not inner:
-        return sum(operands) + one.n_bytes
+        return sum(operands) + one.in_memory
     return sum(_read(inner, i, size) for i, size in enumerate(operands)) + _written(inner, one)
 
 
@@ -291,7 +305,7 @@ def _read(inner: list[Instruction], number: int, size: int) -> int:
     total = 0
     for user in (one for one in inner if own.name in one.operands):
         if user.opcode in ("dynamic-slice", "gather", "slice"):
-            total += user.n_bytes
+            total += user.in_memory
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == own.name:
             continue  # written in place
         else:
@@ -306,15 +320,15 @@ def _written(inner: list[Instruction], fusion: Instruction) -> int:
     total = 0
     for part in parts:
         if part is None:
-            return fusion.n_bytes
+            return fusion.in_memory
         while part.opcode in ("bitcast", "copy", "convert") and part.operands and part.operands[0] in sizes:
             if sizes[part.operands[0]].opcode not in ("dynamic-update-slice", "bitcast", "copy", "convert"):
                 break
             part = sizes[part.operands[0]]
         if part.opcode == "dynamic-update-slice" and part.operands[1] in sizes:
-            total += sizes[part.operands[1]].n_bytes
+            total += sizes[part.operands[1]].in_memory
         else:
-            total += part.n_bytes
+            total += part.in_memory
     return total
 
 
