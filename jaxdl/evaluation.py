@@ -11,7 +11,7 @@ from jaxdl import metrics as metrics_lib
 from jaxdl.compilation import Compiled
 from jaxdl.losses import LossFn
 from jaxdl.optim import eval_params
-from jaxdl.parallel.mesh import put
+from jaxdl.parallel.mesh import DATA, put
 from jaxdl.signals import StopFlag
 from jaxdl.state import TrainState
 from jaxdl.step import make_eval_step
@@ -22,8 +22,8 @@ Evaluator = Callable[[TrainState, StopFlag], dict[str, Any] | None]
 def make_evaluator(loss_fn: LossFn, batches: Iterable[Mapping[str, np.ndarray]]) -> Evaluator:
     """Makes a function that evaluates a state on all batches.
 
-    It uses the averaged parameters where the optimizer keeps some (EMA, schedule-free). Every device computes every
-    row, and every process reads them.
+    It uses the averaged parameters where the optimizer keeps some (EMA, schedule-free). On a mesh, rows lie over
+    its axis `data` where they divide; every process reads all of them.
 
     Args:
       loss_fn: the loss with dropout off, as for `make_eval_step`.
@@ -45,13 +45,21 @@ def make_evaluator(loss_fn: LossFn, batches: Iterable[Mapping[str, np.ndarray]])
         for batch in batches:
             if stop:
                 return None
-            on_device.append(eval_step(sharding)(state, jax.tree.map(lambda x: put(x, sharding), dict(batch))))
+            on_device.append(eval_step(sharding)(state, _placed(dict(batch), sharding)))
         total: dict[str, Any] = {}
         for sums in jax.device_get(on_device):
             total = metrics_lib.add(total, jax.tree.map(lambda x: np.asarray(x, np.float64), sums))
         return metrics_lib.finish(total)
 
     return evaluate_state
+
+
+def _placed(batch: Any, whole: Any) -> Any:
+    """Rows over the axis `data` where they divide, else whole on every device."""
+    n_devices = whole.mesh.shape.get(DATA, 1) if isinstance(whole, jax.NamedSharding) else 1
+    is_cut = n_devices > 1 and all(np.shape(leaf)[0] % n_devices == 0 for leaf in jax.tree.leaves(batch))
+    sharding = jax.NamedSharding(whole.mesh, jax.P(DATA)) if is_cut else whole
+    return jax.tree.map(lambda leaf: put(leaf, sharding), batch)
 
 
 def _readable(sums: Any, sharding: Any) -> Any:
