@@ -28,6 +28,7 @@ from jaxdl.generate import generate
 from jaxdl.loop import FitResult
 from jaxdl.models.language import make_language_loss_fn
 from jaxdl.optim import eval_params
+from jaxdl.parallel import is_first
 from jaxdl.plan import Sketch, array
 from jaxdl.report import write_report
 
@@ -101,7 +102,8 @@ def experiment(parsed: Parsed) -> None:
         Path(config.out) / "report.html",
         dataclasses.replace(report, metrics=metrics, environment={**report.environment, **about(parts["train"])}),
     )
-    (Path(config.out) / "sample.txt").write_text(sample, encoding="utf-8")
+    if is_first():
+        (Path(config.out) / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"{sample}\n")
     print(f"test bits per byte {metrics['bits_per_byte']:.4f}  (loss {metrics['loss']:.4f} nats a token)")
     print(f"checkpoint    {config.out}/checkpoints/{report.steps}")

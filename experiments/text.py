@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxdl import JaxdlError, data
+from jaxdl import JaxdlError, data, parallel
 from jaxdl.data import text
 from jaxdl.data.text import corpora
 
@@ -135,6 +135,8 @@ class TokenizerChoice:
 def make_tokenizer(choice: TokenizerChoice, train: text.Documents, out: str | Path) -> Any:
     """Builds, trains or loads a tokenizer; a trained one is kept in the run folder and found there on resuming.
 
+    Of many processes the first one trains it.
+
     Raises:
       JaxdlError: a tokenizer that cannot be read, or too small a vocabulary.
     """
@@ -145,8 +147,11 @@ def make_tokenizer(choice: TokenizerChoice, train: text.Documents, out: str | Pa
             raise JaxdlError("kind='load' needs path.")
         return text.Tokenizer.load(choice.path)
     folder = Path(out) / "tokenizer"
-    if (folder / "tokenizer.json").is_file():
-        return text.Tokenizer.load(folder)
-    tokenizer = text.Tokenizer.train(train.columns["text"], kind=choice.kind, vocab_size=choice.vocab_size)
-    tokenizer.save(folder)
-    return tokenizer
+
+    def make() -> None:
+        if not (folder / "tokenizer.json").is_file():
+            words = train.columns["text"]
+            text.Tokenizer.train(words, kind=choice.kind, vocab_size=choice.vocab_size).save(folder)
+
+    parallel.led("the tokenizer", make, error=JaxdlError, deadline_s=3600.0)
+    return text.Tokenizer.load(folder)

@@ -116,7 +116,7 @@ class Link:
     def poll(self) -> str | None:
         """Whether the processes have agreed to stop: the same answer to the same call, counted from the start.
 
-        Costs a lock (under a microsecond) until a process asks to stop; then it waits once for all to agree.
+        Costs a lock (about a microsecond) until a process asks to stop; then it waits once for all to agree.
         """
         with self._changed:
             self._n_polls += 1
