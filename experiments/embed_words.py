@@ -158,6 +158,7 @@ def train(parsed: Parsed, stream: WordStream, data: WordWindows) -> FitResult | 
             progress=run.progress,
             steps_per_call=loop.steps_per_call,
             mesh=config.parallel.make_mesh(),
+            exact_shards=config.parallel.exact_shards,
             profile=loop.profile_in(run.directory),
         )
     if result.stopped_by in ("SIGTERM", "SIGINT"):

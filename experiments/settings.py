@@ -196,6 +196,8 @@ class Parallel:
     process_index: int | None = None  # which one this is; as coordinator
     deadline_s: float = 300.0  # that processes wait for each other
     heartbeat_s: float = 30.0  # a process that says nothing for so long is taken for dead
+    exact: bool = False  # the same bits on any number of devices, at a price: docs/exact.md
+    virtual_shards: int = 8  # of exact mode: a power of two, at least as many as there will ever be devices
 
     def problems(self) -> Iterator[str]:
         try:
@@ -204,6 +206,13 @@ class Parallel:
             yield str(error)
         if self.cpu_devices is not None and self.cpu_devices < 1:
             yield f"cpu_devices={self.cpu_devices} must be at least 1."
+        if self.virtual_shards < 1 or self.virtual_shards & (self.virtual_shards - 1):
+            yield f"virtual_shards={self.virtual_shards} must be a power of two: sums are added in pairs."
+
+    @property
+    def exact_shards(self) -> int | None:
+        """For `fit`."""
+        return self.virtual_shards if self.exact else None
 
     def initialize(self) -> None:
         """Comes before anything touches JAX."""
@@ -218,8 +227,8 @@ class Parallel:
         )
 
     def moved_to(self, other: "Parallel") -> "Parallel":
-        """The section of a saved run that goes on with other devices."""
-        return other
+        """The section of a saved run that goes on with other devices: only what decides about numbers stays."""
+        return dataclasses.replace(other, exact=self.exact, virtual_shards=self.virtual_shards)
 
     def make_mesh(self) -> jax.sharding.Mesh | None:
         """None for a single device."""

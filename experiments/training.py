@@ -26,7 +26,8 @@ from jaxdl.loop import FitResult
 from jaxdl.losses import LossFn
 from jaxdl.models.apply import init_model, select_inputs
 from jaxdl.optim import eval_params
-from jaxdl.parallel import is_first
+from jaxdl.parallel import is_first, state_shardings
+from jaxdl.parallel.exact import exact_problems
 from jaxdl.parallel.rows import local
 from jaxdl.paths import Rules
 from jaxdl.report import RunReport, diagnose, parameter_table, read_history
@@ -53,6 +54,10 @@ class Supervised:
         parts = self.hardware.microbatches
         if parts > 0 and batch_size % parts:
             problems.append(f"data.batch_size={batch_size} does not divide into hardware.microbatches={parts}.")
+        if self.parallel.exact and not [*self.parallel.problems()]:
+            problems += exact_problems(self.parallel.virtual_shards, 1, {"data.batch_size": batch_size}, max(parts, 1))
+            if self.loop.steps_per_call > 1:
+                problems.append("loop.steps_per_call must be 1 with parallel.exact, whose step is several programs.")
         if not validation and self.loop.early_stopping_patience is not None:
             problems.append("loop.early_stopping_patience needs data.validation > 0; test rows must not stop a run.")
         return problems
@@ -103,7 +108,7 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
     stages, optimizer = _rules(config, task.tuning)
     trainable = stages[-1][1]
     tx = config.hardware.scaled(optimizer.build(steps=length, warmup_steps=warmup))
-    params, extra = (task.params, task.extra or {}) if task.params is not None else _init(task, config.seed)
+    params, extra = (task.params, task.extra or {}) if task.params is not None else _shapes(task, config.seed)
     rows = _show_parameters(optimizer, params, trainable)
     frozen = None if task.tuning is None else Frozen(params, extra, trainable)
     txs = [tx] if len(stages) == 1 else staged(tx, stages, params)
@@ -114,7 +119,7 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
         return guard(step, config.loop.guard)
 
     mesh = config.parallel.make_mesh()
-    state = create_state(params, extra, txs[0], rng=jax.random.key(config.seed + 1), trainable=stages[0][1])
+    state = _first_state(config, task, txs[0], stages[0][1], mesh)
     with _open_run(parsed, task, length) as run:
         result = fit_stages(
             state,
@@ -138,6 +143,7 @@ def train(parsed: Parsed, task: Task) -> tuple[FitResult, RunReport] | None:
             steps_per_call=config.loop.steps_per_call,
             mesh=mesh,
             sharding=config.parallel.rules(state),
+            exact_shards=config.parallel.exact_shards,
             profile=config.loop.profile_in(run.directory),
         )
         if result.stopped_by in ("SIGTERM", "SIGINT"):
@@ -164,6 +170,26 @@ def _seal(folder: Path, frozen: Frozen, state: TrainState) -> None:
 def _init(task: Task, seed: int) -> tuple[Any, Any]:
     first, others = select_inputs(jax.tree.map(lambda x: x[:1], task.train[0]), task.inputs)
     return init_model(task.model, jax.random.key(seed), first, **others)
+
+
+def _shapes(task: Task, seed: int) -> tuple[Any, Any]:
+    shapes: tuple[Any, Any] = jax.eval_shape(lambda: _init(task, seed))
+    return shapes
+
+
+def _first_state(config: Any, task: Task, tx: Any, trainable: Rules, mesh: jax.sharding.Mesh | None) -> TrainState:
+    """The state before the first update; what is drawn from the seed is drawn where it will lie."""
+
+    def make() -> TrainState:
+        params, extra = (task.params, task.extra or {}) if task.params is not None else _init(task, config.seed)
+        return create_state(params, extra, tx, rng=jax.random.key(config.seed + 1), trainable=trainable)
+
+    if mesh is None or task.params is not None or config.parallel.exact:
+        return make()
+    shapes = jax.eval_shape(make)
+    shardings = state_shardings(config.parallel.rules(shapes), shapes, mesh)
+    drawn: TrainState = jax.jit(make, out_shardings=shardings)()
+    return drawn
 
 
 def _rules(config: Any, tuning: Tuning | None) -> tuple[Stages, settings.Optimizer]:

@@ -1,8 +1,10 @@
 """Compiling once, knowing what it cost, and refusing to do it twice by accident."""
 
+import contextlib
+import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ class Compiled:
       fn: a pure function of trees of arrays.
       donate_argnums: arguments whose buffers the result may reuse.
       name: how messages call it.
+      compiler_options: XLA's, as of `jax.jit`.
+      is_kept: whether the compile cache may keep the program; one that came from there cannot be `moved`.
 
     Attributes:
       compile_s: seconds of tracing and compiling, None before the first call.
@@ -71,8 +75,17 @@ class Compiled:
         - argument 0 was float32[2] and is now float32[3]
     """
 
-    def __init__(self, fn: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (), name: str = "step") -> None:
-        self._jitted = jax.jit(fn, donate_argnums=donate_argnums)
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        donate_argnums: tuple[int, ...] = (),
+        name: str = "step",
+        compiler_options: dict[str, Any] | None = None,
+        is_kept: bool = True,
+    ) -> None:
+        self._jitted = jax.jit(fn, donate_argnums=donate_argnums, compiler_options=compiler_options)
+        self._is_kept = is_kept
         self._executable: Any = None
         self._signature: dict[str, str] = {}
         self.name = name
@@ -83,9 +96,21 @@ class Compiled:
         """Compiles for the shapes of these arguments (arrays or `jax.ShapeDtypeStruct`s) without running."""
         start, hits, misses = time.perf_counter(), _counts[_HITS], _counts[_MISSES]
         self._signature = _signature(args)
-        self._executable = self._jitted.lower(*args).compile()
+        with contextlib.nullcontext() if self._is_kept else _unkept():
+            self._executable = self._jitted.lower(*args).compile()
         self.compile_s = time.perf_counter() - start
         self.is_cached = _counts[_HITS] > hits and _counts[_MISSES] == misses
+
+    def moved(self, device: Any) -> "Compiled | None":
+        """The same machine code on another device, see `parallel.portable`; None where that cannot be."""
+        from jaxdl.parallel.portable import move
+
+        executable = None if self.is_cached else move(self._executable, device)
+        if executable is None:
+            return None
+        other = copy.copy(self)
+        other._executable, other.compile_s = executable, 0.0
+        return other
 
     def __call__(self, *args: Any) -> Any:
         if self._executable is None:
@@ -97,6 +122,17 @@ class Compiled:
             if not changed:
                 raise
             raise RetraceError.listing(self.name, changed) from error
+
+
+@contextlib.contextmanager
+def _unkept() -> Iterator[None]:
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _signature(args: tuple[Any, ...]) -> dict[str, str]:

@@ -8,8 +8,9 @@ import numpy as np
 from jaxdl.compilation import Compiled
 from jaxdl.data.prefetch import prefetch
 from jaxdl.errors import JaxdlError
+from jaxdl.parallel.exact import ExactStep, exact_step
 from jaxdl.parallel.mesh import put, put_batch
-from jaxdl.parallel.rows import WHOLE, fetchable, own_block, put_block
+from jaxdl.parallel.rows import WHOLE, own_block, put_block, settled
 from jaxdl.parallel.sharding import constrained
 from jaxdl.paths import Tree
 from jaxdl.state import TrainState
@@ -27,6 +28,7 @@ def make_feed(
     is_resident: bool | None = None,
     mesh: jax.sharding.Mesh | None = None,
     shardings: Tree | None = None,
+    exact_shards: int | None = None,
 ) -> "Feed":
     """Chooses how batches reach the device.
 
@@ -37,10 +39,13 @@ def make_feed(
       is_resident: True or False to insist; None decides by size (512 MiB).
       mesh: cuts batches, see `parallel.batch_shardings`.
       shardings: where the state lies on the mesh.
+      exact_shards: virtual shards of exact mode, see `parallel.exact_step`; None compiles the step whole.
 
     Raises:
-      JaxdlError: `is_resident=True` for data that cannot be.
+      JaxdlError: `is_resident=True` for data that cannot be, or a step that exact mode cannot take apart.
     """
+    if exact_shards is not None:
+        return ExactFeed(step, data, mesh, shardings, exact_shards)
     step = step if mesh is None else constrained(step, mesh, shardings)
     arrays = resident_arrays(data)
     if is_resident and arrays is None:
@@ -49,8 +54,8 @@ def make_feed(
         size = 0 if arrays is None else sum(array.nbytes for array in arrays.values())
         is_resident = arrays is not None and mesh is None and size <= RESIDENT_LIMIT_BYTES
     if is_resident:
-        return ResidentFeed(step, data, arrays, steps_per_call, mesh)
-    return Feed(step, data, steps_per_call, mesh)
+        return ResidentFeed(step, data, steps_per_call, mesh, shardings, arrays=arrays)
+    return Feed(step, data, steps_per_call, mesh, shardings)
 
 
 def resident_arrays(data: Any) -> dict[str, np.ndarray] | None:
@@ -63,14 +68,16 @@ def resident_arrays(data: Any) -> dict[str, np.ndarray] | None:
 class Feed:
     """Host batches: read ahead by a thread, placed on the device before they are needed."""
 
-    def __init__(self, step: Step, data: Any, steps_per_call: int, mesh: jax.sharding.Mesh | None) -> None:
+    def __init__(
+        self, step: Step, data: Any, steps_per_call: int, mesh: jax.sharding.Mesh | None, shardings: Tree | None
+    ) -> None:
         self.data, self.steps_per_call, self._mesh = data, steps_per_call, mesh
         self._block = own_block(mesh, data.batch_size) if hasattr(data, "shard") else WHOLE
         self.packing = Packing()
         step = self.packing.packed(step)
-        self.compiled = Compiled(fetchable(step, mesh), donate_argnums=(0,), name="train_step")
-        repeated = fetchable(repeat(step, steps_per_call), mesh)
-        self._repeated = Compiled(repeated, donate_argnums=(0,), name="repeated train_step")
+        self.compiled = Compiled(settled(step, mesh, shardings), donate_argnums=(0,), name="train_step")
+        repeated = repeat(step, steps_per_call)
+        self._repeated = Compiled(settled(repeated, mesh, shardings), donate_argnums=(0,), name="repeated train_step")
         self._batches: Any = None
 
     @property
@@ -92,7 +99,7 @@ class Feed:
             return put_batch(batch, self._mesh, n_leading=n_leading)
         return put_block(batch, self._mesh, self._block, n_leading=n_leading)
 
-    def program(self, n: int) -> Compiled:
+    def program(self, n: int) -> Compiled | ExactStep:
         """What a call of n steps runs."""
         return self.compiled if n == 1 else self._repeated
 
@@ -113,22 +120,53 @@ class Feed:
             self._batches.close()
 
 
+class ExactFeed(Feed):
+    """Host batches for exact mode, whose step is several programs; one update a call."""
+
+    def __init__(self, step: Step, data: Any, mesh: jax.sharding.Mesh | None, shardings: Any, n_shards: int) -> None:
+        super().__init__(step, data, 1, mesh, shardings)
+        self._block = WHOLE
+        self.compiled: Any = exact_step(self.packing.packed(step), mesh, shardings, n_shards=n_shards)
+
+    @property
+    def description(self) -> str:
+        n, devices = self.compiled.n_shards, self.compiled.mesh.size
+        rows = f"{n} virtual shards of {self.data.batch_size // n} rows"
+        return f"exact mode: batches of {self.data.batch_size} from the host, {rows}, {devices} device(s)"
+
+    def _put(self, batch: Any, n_leading: int = 0) -> Any:
+        return self.compiled.put(batch)
+
+
 class ResidentFeed(Feed):
     """The whole dataset on the device: a call sends row numbers only."""
 
-    def __init__(self, step: Step, data: Any, arrays: Any, steps_per_call: int, mesh: jax.sharding.Mesh | None) -> None:
-        super().__init__(step, data, steps_per_call, mesh)
+    def __init__(
+        self,
+        step: Step,
+        data: Any,
+        steps_per_call: int,
+        mesh: jax.sharding.Mesh | None,
+        shardings: Tree | None,
+        *,
+        arrays: Any,
+    ) -> None:
+        super().__init__(step, data, steps_per_call, mesh, shardings)
         self._block = WHOLE
         step = self.packing.packed(step)
         whole = None if mesh is None else jax.NamedSharding(mesh, jax.P())
         self._dataset = jax.tree.map(lambda x: put(x, whole), dict(arrays))
         self.compiled = Compiled(
-            fetchable(lambda state, dataset, rows: on_rows(step, dataset)(state, rows), mesh),
+            settled(lambda state, dataset, rows: on_rows(step, dataset)(state, rows), mesh, shardings),
             donate_argnums=(0,),
             name="train_step",
         )
+
+        def repeated(state: TrainState, dataset: Any, rows: jax.Array) -> Any:
+            return repeat(on_rows(step, dataset), steps_per_call)(state, rows)
+
         self._repeated = Compiled(
-            fetchable(lambda state, dataset, rows: repeat(on_rows(step, dataset), steps_per_call)(state, rows), mesh),
+            settled(repeated, mesh, shardings),
             donate_argnums=(0,),
             name="repeated train_step",
         )

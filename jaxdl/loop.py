@@ -18,6 +18,7 @@ from jaxdl.evaluation import Evaluator
 from jaxdl.feed import Feed, make_feed
 from jaxdl.losses import LossFn
 from jaxdl.parallel import processes, watchdog
+from jaxdl.parallel.exact import ExactStep, exact_problems, replica
 from jaxdl.parallel.mesh import put
 from jaxdl.parallel.presets import REPLICATED
 from jaxdl.parallel.runners import unused_axes
@@ -89,6 +90,7 @@ def fit(
     is_resident: bool | None = None,
     mesh: jax.sharding.Mesh | None = None,
     sharding: Rules = REPLICATED,
+    exact_shards: int | None = None,
     profile: Profile | None = None,
     stop_at: int | None = None,
     resumed: Any = None,
@@ -117,6 +119,8 @@ def fit(
         transform runs on the host.
       mesh: devices over whose axis `data` batches are sharded; None uses one device.
       sharding: rules over the paths of the state: where it lies on the mesh, see `parallel.state_shardings`.
+      exact_shards: exact mode, the same bits on any number of devices: each step is computed in so many virtual
+        shards, see `parallel.exact_step`, and each process evaluates on one device. None is the fast mode.
       profile: a trace to take.
       stop_at: save and return after this many updates of the `steps`, in the middle of the run: without an evaluation
         that is not due, and with the row of the log open. `resumed` takes the result on.
@@ -130,9 +134,20 @@ def fit(
       RetraceError: a batch changed its shape or dtype.
     """
     shardings = None if mesh is None else state_shardings(sharding, state, mesh)
-    _check_fit(steps, eval_every, checkpoint_every, log_every, steps_per_call, stop_at, mesh, shardings, data)
+    problems = (
+        _mesh_problems(mesh, shardings, data)
+        if exact_shards is None
+        else _exact_problems(exact_shards, train_step, mesh, data, steps_per_call, is_resident)
+    )
+    _check_fit(steps, eval_every, checkpoint_every, log_every, steps_per_call, stop_at, problems)
     feed = make_feed(
-        train_step, data, steps_per_call=steps_per_call, is_resident=is_resident, mesh=mesh, shardings=shardings
+        train_step,
+        data,
+        steps_per_call=steps_per_call,
+        is_resident=is_resident,
+        mesh=mesh,
+        shardings=shardings,
+        exact_shards=exact_shards,
     )
     state = state if resumed is None else resumed.state
     loop = _Loop(
@@ -150,6 +165,7 @@ def fit(
         trainable=getattr(train_step, "trainable", None),
         progress=progress,
         patience=Patience(early_stopping),
+        is_exact=exact_shards is not None,
         profile=profile,
         stop_at=steps if stop_at is None else min(stop_at, steps),
         resumed=resumed,
@@ -165,9 +181,7 @@ def _check_fit(
     log_every: int,
     steps_per_call: int,
     stop_at: int | None,
-    mesh: Any,
-    shardings: Any,
-    data: Any,
+    more: list[str],
 ) -> None:
     counts = {
         "steps": steps,
@@ -181,6 +195,13 @@ def _check_fit(
     for name, n in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         if n is not None and 1 <= n < steps_per_call:
             problems.append(f"steps_per_call={steps_per_call} is more than {name}={n}; use at most {n}.")
+    problems += more
+    if problems:
+        raise JaxdlError.listing("fit", problems)
+
+
+def _mesh_problems(mesh: Any, shardings: Any, data: Any) -> list[str]:
+    problems = []
     n_shards = 1 if mesh is None else mesh.shape.get("data", 1)
     unused = [] if mesh is None else unused_axes(mesh, shardings)
     if unused:
@@ -192,8 +213,19 @@ def _check_fit(
         problems.append(
             f"batch_size={data.batch_size} does not divide over {n_shards} devices on axis 'data'; use a multiple."
         )
-    if problems:
-        raise JaxdlError.listing("fit", problems)
+    return problems
+
+
+def _exact_problems(
+    n_shards: int, step: Step, mesh: Any, data: Any, steps_per_call: int, is_resident: bool | None
+) -> list[str]:
+    microbatches = step.halves.microbatches if hasattr(step, "halves") else 1
+    problems = exact_problems(n_shards, 1 if mesh is None else mesh.size, {"a batch": data.batch_size}, microbatches)
+    if steps_per_call > 1:
+        problems.append(f"steps_per_call={steps_per_call} must be 1 in exact mode, whose step is several programs.")
+    if is_resident:
+        problems.append("is_resident=True must be False or None in exact mode, which cuts batches on the host.")
+    return problems
 
 
 @dataclass
@@ -212,6 +244,7 @@ class _Loop:
     trainable: Rules | None
     progress: Any
     patience: Patience
+    is_exact: bool
     profile: Profile | None
     stop_at: int
     resumed: Any
@@ -284,7 +317,7 @@ class _Loop:
     def _boundary(self, step: int) -> int:
         return min([self.stop_at, *((step // n + 1) * n for n in (self.eval_every, self.checkpoint_every))])
 
-    def _first_step(self, compiled: Compiled, start: float) -> None:
+    def _first_step(self, compiled: Compiled | ExactStep, start: float) -> None:
         jax.block_until_ready(self.state.step)
         self.timing.first_step_s = time.perf_counter() - start
         self.timing.compile_s, self.timing.is_cached = compiled.compile_s or 0.0, compiled.is_cached
@@ -328,8 +361,9 @@ class _Loop:
         self._write(self.log.drain())
         watchdog.enter(f"the evaluation after step {step}")
         start, found = time.perf_counter(), {}
+        state = replica(self.state) if self.is_exact else self.state
         for name, evaluator in self.evaluators.items():
-            result = evaluator(self.state, stop)
+            result = evaluator(state, stop)
             if result is None:
                 return stop.name
             found.update({f"{name}/{key}": value for key, value in result.items()})

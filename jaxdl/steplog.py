@@ -63,6 +63,9 @@ class Packing:
             state, metrics = step(state, batch)
             return state, self.pack(metrics)
 
+        if hasattr(step, "halves"):
+            update = self.packed(step.halves.update)
+            packed_step.halves = step.halves._replace(update=update)  # type: ignore[attr-defined]
         return packed_step
 
 

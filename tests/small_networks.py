@@ -16,6 +16,7 @@ from jaxdl.models.apply import init_model, make_loss_fn
 from jaxdl.models.bert import Bert, bert_block
 from jaxdl.models.gpt2 import GPT2, gpt2_block
 from jaxdl.models.language import make_language_loss_fn
+from jaxdl.models.layers import dropout
 from jaxdl.models.recurrent import Recurrent
 from jaxdl.objectives import classification
 from jaxdl.paths import Rules
@@ -78,7 +79,8 @@ class Reader(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT: Any, mask: Any, *, train: bool = False) -> Any:
         x_BTD = nn.Embed(VOCAB_SIZE, 16, name="embed")(tokens_BT)
-        layers = Recurrent(16, "lstm", 1, True, dropout_rate=self.dropout_rate, name="recurrent")
+        x_BTD = dropout(x_BTD, self.dropout_rate, train=train, name="dropout")
+        layers = Recurrent(16, "lstm", 1, True, name="recurrent")
         y_BTF, _ = layers(x_BTD, mask=mask, train=train)
         return nn.Dense(N_CLASSES, name="head")((y_BTF * mask[..., None]).mean(1))
 

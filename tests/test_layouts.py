@@ -1,6 +1,7 @@
 """One step over every layout of eight devices: the same numbers over twenty updates."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -10,12 +11,18 @@ from jaxdl import make_train_step, repeat
 from jaxdl.data import ArraySource, Pipeline
 from jaxdl.errors import JaxdlError
 from jaxdl.loop import fit
+from jaxdl.models.apply import init_model
+from jaxdl.models.gpt2 import GPT2, gpt2_block
+from jaxdl.models.language import make_language_loss_fn
 from jaxdl.parallel import (
     REPLICATED,
     ShardingError,
+    Split,
+    constrained,
     jit_step,
     make_mesh,
     pmap_step,
+    put_batch,
     shard_map_step,
     state_shardings,
     tensor_parallel,
@@ -88,7 +95,7 @@ def test_a_transformer_is_cut_where_megatron_cuts_it(layout):
     mesh = make_mesh(data=2, model=4)
     rules = tensor_parallel(state)
     shardings = flatten(state_shardings(rules if layout == "tensor" else FSDP(rules), state, mesh).params)
-    cut = {path: sharding.spec for path, sharding in shardings.items()}
+    cut = {path: (*sharding.spec, None, None)[:2] for path, sharding in shardings.items()}
     other = "data" if layout == "fsdp x tensor" else None
     assert cut["decoder/layer_0/attention/query/kernel"] == (other, "model")
     assert cut["decoder/layer_0/attention/output/kernel"] == ("model", other)
@@ -136,40 +143,59 @@ def test_fit_refuses_a_mesh_whose_devices_would_do_the_same_work_twice():
 
 
 def column(axis):
-    from jaxdl.parallel import Split
-
     return [("params/.*/kernel", Split(axis)), (".*", None)]
 
 
 # ---- what the compiler makes of it ----
 
 
-def test_fsdp_shares_the_work_and_gathers_one_layer_at_a_time():
-    """The operations of a device are an eighth of a single device's, and no gather is larger than the largest leaf."""
-    task = small_networks.gpt()
-    step, state = make_train_step(task.loss_fn, task.optimizer()), task.state()
-    alone = compile_step(step, state, task.data, None)
-    mesh = make_mesh(data=8)
-    shardings = state_shardings(zero(3, floor_bytes=FLOOR_BYTES), state, mesh)
-    spread = compile_step(step, jax.device_put(state, shardings), task.data, mesh, shardings)
-    ratio = 8 * spread.cost_analysis()["flops"] / alone.cost_analysis()["flops"]
-    assert ratio < 1.15
-    largest = max(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert 0 < max(gathered(spread.as_text())) <= largest
+MESHES = {
+    "jit": (lambda state: REPLICATED, {"data": 8}),
+    "fsdp": (lambda state: zero(3, floor_bytes=FLOOR_BYTES), {"data": 8}),
+    "tensor": (tensor_parallel, {"data": 2, "model": 4}),
+    "fsdp x tensor": (lambda state: FSDP(tensor_parallel(state)), {"data": 4, "model": 2}),
+    "sequence": (lambda state: FSDP(REPLICATED), {"data": 2, "sequence": 4}),
+}
+
+
+@functools.cache
+def wide_gpt(microbatches):
+    """Wide enough for its products to outweigh the rest: (step, state, batch, FLOPs on one device)."""
+    block = gpt2_block(width=128, n_heads=8)
+    model = GPT2(block, n_layers=2, vocab_size=512, n_positions=64)
+    text = np.random.default_rng(0).integers(0, 512, (16, 65)).astype(np.int32)
+    batch = {"tokens": text[:, :-1], "targets": text[:, 1:]}
+    params, _ = init_model(model, jax.random.key(0), batch["tokens"][:1])
+    task = small_networks.Task(make_language_loss_fn(model, train=True), params, batch)
+    step, state = make_train_step(task.loss_fn, task.optimizer(), microbatches=microbatches), task.state()
+    return step, state, batch, flops_of(jax.jit(step).lower(state, batch).compile())
+
+
+def flops_of(compiled):
+    return compiled.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "microbatches"), [*((name, 1) for name in MESHES), ("jit", 2), ("fsdp x tensor", 2)]
+)
+def test_eight_devices_share_the_work_of_one(layout, microbatches):
+    step, state, batch, alone = wide_gpt(microbatches)
+    rules, axes = MESHES[layout]
+    mesh = make_mesh(**axes)
+    shardings = state_shardings(rules(state), state, mesh)
+    spread = compile_step(step, jax.device_put(state, shardings), batch, mesh, shardings)
+    assert 8 * flops_of(spread) / alone < 1.15
+    if layout == "fsdp":  # one layer's arrays at a time
+        largest = max(leaf.size for leaf in jax.tree.leaves(state.params))
+        assert 0 < max(gathered(spread.as_text())) <= largest
 
 
 def compile_step(step, state, batch, mesh, shardings=None):
-    from jaxdl.parallel import constrained, put_batch
-
-    if mesh is None:
-        return jax.jit(step).lower(state, batch).compile()
     return jax.jit(constrained(step, mesh, shardings)).lower(state, put_batch(batch, mesh)).compile()
 
 
 def gathered(text):
     """Elements of each result of an all-gather in a program."""
-    import re
-
     found = re.findall(r"= (\(?[^=]*?\)?) all-gather(?:-start)?\(", text)
     shapes = [shape for result in found for shape in re.findall(r"\w+\[([\d,]*)\]", result)]
     return [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
@@ -187,8 +213,6 @@ def test_repeat_composes_with_a_layout():
     step, state = make_train_step(task.loss_fn, task.optimizer()), task.state()
     batches = {name: np.stack([value[:8], value[8:]]) for name, value in task.data.items()}
     once, _ = jax.jit(repeat(step, 2))(state, batches)
-    from jaxdl.parallel import constrained, put_batch
-
     mesh = make_mesh(data=8)
     shardings = state_shardings(zero(3, floor_bytes=FLOOR_BYTES), state, mesh)
     spread, _ = jax.jit(repeat(constrained(step, mesh, shardings), 2))(

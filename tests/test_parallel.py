@@ -95,16 +95,16 @@ def test_one_rule_places_a_parameter_and_its_moment():
 
 def test_fsdp_cuts_the_largest_free_dimension_that_divides_and_spares_small_arrays():
     mesh = make_mesh(data=8)
-    assert Fsdp(floor_bytes=0).spec((3, 16, 8), 4, mesh) == P(None, "data", None)
+    assert Fsdp(floor_bytes=0).spec((3, 16, 8), 4, mesh) == P(None, "data")
     assert Fsdp(floor_bytes=0).spec((3, 12, 8), 4, mesh) == P(None, None, "data")
-    assert Fsdp(floor_bytes=1000).spec((8, 8), 4, mesh) == P(None, None)
+    assert Fsdp(floor_bytes=1000).spec((8, 8), 4, mesh) == P()
     assert Fsdp(floor_bytes=0).spec((), 4, mesh) == P()
 
 
 def test_a_split_counts_from_the_end_so_that_stacked_layers_share_its_rule():
     mesh = make_mesh(model=8)
-    assert Split("model", -2).spec((16, 4), 4, mesh) == P("model", None)
-    assert Split("model", -2).spec((3, 16, 4), 4, mesh) == P(None, "model", None)
+    assert Split("model", -2).spec((16, 4), 4, mesh) == P("model")
+    assert Split("model", -2).spec((3, 16, 4), 4, mesh) == P(None, "model")
 
 
 @pytest.mark.parametrize(

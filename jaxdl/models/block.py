@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxdl.models.attention import IMPLEMENTATIONS, Sight, attend
+from jaxdl.models.attention import IMPLEMENTATIONS, Sight, attend, attend_in_ring, ring_mesh
 from jaxdl.models.checks import ModelError, count_problem, name_problem, rate_problem
 from jaxdl.models.layers import ACTIVATIONS, Dtype, dropout, make_activation
 from jaxdl.models.positions import Rotary, alibi_slopes, distances, rotate
@@ -201,20 +201,40 @@ class Attention(nn.Module):
             query, key = (rotate(part, context.positions, block.rotary) for part in (query, key))
         if cache is not None and source is not None:
             key, value, cache = self._remember(key, value, cache, context)
-        mixed = attend(
+        mixed = self._mix(query, key, value, context, has_cache, train)
+        flat = mixed.reshape(*mixed.shape[:2], H * K)
+        return _dense(block, block.width, block.output_bias, "output", block.residual_init_std)(flat), cache
+
+    def _mix(self, query: Array, key: Array, value: Array, context: Context, has_cache: bool, train: bool) -> Array:
+        block, dropout_fn = self.block, self._dropout_fn(train)
+        scale = block.heads[2] ** -0.5 if block.attention_scale is None else block.attention_scale
+        is_within = not self.is_cross and not has_cache
+        mesh = ring_mesh(block.attention, query, context.bias, dropout_fn) if is_within else None
+        if mesh is not None:
+            return attend_in_ring(
+                mesh,
+                query,
+                key,
+                value,
+                context.sight,
+                scale=scale,
+                softcap=block.attention_softcap,
+                is_causal=block.is_causal,
+                window=block.window,
+                slopes_H=jnp.asarray(alibi_slopes(block.n_heads)) if block.has_alibi else None,
+            )
+        return attend(
             query,
             key,
             value,
             mask=self._mask(context),
             bias=self._bias(context),
-            scale=K**-0.5 if block.attention_scale is None else block.attention_scale,
+            scale=scale,
             softcap=block.attention_softcap,
-            dropout_fn=self._dropout_fn(train),
+            dropout_fn=dropout_fn,
             implementation=block.attention,
-            is_causal=block.is_causal and not self.is_cross and not has_cache,
+            is_causal=block.is_causal and is_within,
         )
-        flat = mixed.reshape(*mixed.shape[:2], H * K)
-        return _dense(block, block.width, block.output_bias, "output", block.residual_init_std)(flat), cache
 
     def _heads(self, name: str, x_BTD: Array, n: int) -> Array:
         block, size = self.block, self.block.heads[2]

@@ -116,14 +116,23 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
-def fetchable(step: Any, mesh: Mesh | None) -> Any:
-    """Makes a function `(...) -> (state, metrics)` whose metrics lie whole on every device: each process reads them."""
-    if mesh is None or not spans_processes(mesh):
-        return step
+def settled(call: Any, mesh: Mesh | None, shardings: Tree | None) -> Any:
+    """Makes a function `(...) -> (state, metrics)` whose state lies as told and whose metrics are whole everywhere.
+
+    What XLA chooses for the results of a loop over steps need not be what the next call was compiled for.
+
+    Args:
+      call: the function.
+      mesh: the devices; nothing is changed where None.
+      shardings: of the state, from `state_shardings`; as XLA chooses where None.
+    """
+    if mesh is None:
+        return call
     whole = NamedSharding(mesh, P())
 
-    def fetchable_step(*args: Any) -> tuple[Any, Any]:
-        state, metrics = step(*args)
+    def settled_call(*args: Any) -> tuple[Any, Any]:
+        state, metrics = call(*args)
+        state = state if shardings is None else jax.lax.with_sharding_constraint(state, shardings)
         return state, jax.lax.with_sharding_constraint(metrics, whole)
 
-    return fetchable_step
+    return settled_call

@@ -38,7 +38,7 @@ class Split:
         return _uneven(shape, self.dimension % len(shape), self.axis, mesh)
 
     def spec(self, shape: tuple[int, ...], itemsize: int, mesh: Mesh) -> P:
-        return P(*[self.axis if i == self.dimension % len(shape) else None for i in range(len(shape))])
+        return P(*[None] * (self.dimension % len(shape)), self.axis)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -66,11 +66,14 @@ class Fsdp:
         return None if self.beside is None else self.beside.problem(shape, mesh)
 
     def spec(self, shape: tuple[int, ...], itemsize: int, mesh: Mesh) -> P:
-        taken = [None] * len(shape) if self.beside is None else list(self.beside.spec(shape, itemsize, mesh))
+        beside = () if self.beside is None else self.beside.spec(shape, itemsize, mesh)
+        taken = [*beside, *[None] * (len(shape) - len(beside))]
         n = mesh.shape[self.axis]
         free = [i for i, size in enumerate(shape) if taken[i] is None and size % n == 0 and size >= n]
         if math.prod(shape) * itemsize >= self.floor_bytes and free:
             taken[max(free, key=lambda i: (shape[i], i))] = self.axis
+        while taken and taken[-1] is None:  # as XLA writes it
+            taken.pop()
         return P(*taken)
 
     @property
@@ -84,7 +87,7 @@ def fsdp(axis: str = "data", *, floor_bytes: int = FLOOR_BYTES) -> Fsdp:
     Example:
       >>> from jaxdl.parallel.mesh import make_mesh
       >>> tuple(fsdp("data").spec((512, 64), 4, make_mesh(data=8)))
-      ('data', None)
+      ('data',)
     """
     return Fsdp(axis, floor_bytes)
 
@@ -180,7 +183,8 @@ def _cuts(specs: Any, axis: str) -> bool:
 def _left_whole(path: str, value: Any, leaf: Any, spec: P, mesh: Mesh) -> list[str]:
     """A large array that Fsdp could not cut is a problem, never a silent copy on every device."""
     is_cut = value.axis in _names(spec) if isinstance(value, Fsdp) else True
-    if is_cut or n_bytes(leaf) < value.floor_bytes or all(axes is not None for axes in spec):
+    is_full = len(spec) == len(leaf.shape) and all(axes is not None for axes in spec)
+    if is_cut or is_full or n_bytes(leaf) < value.floor_bytes:
         return []
     n = mesh.shape[value.axis]
     return [
