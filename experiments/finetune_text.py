@@ -30,6 +30,7 @@ from jaxdl.data.text import encode_rows
 from jaxdl.models.apply import make_loss_fn
 from jaxdl.objectives import Objective, classification
 from jaxdl.optim import eval_params
+from jaxdl.parallel import is_first
 from jaxdl.paths import Tree
 from jaxdl.plan import NoSketch, Sketch, array
 from jaxdl.pretrained import Pretrained, load, save
@@ -156,6 +157,8 @@ def experiment(parsed: Parsed) -> None:
 
 def export(config: Config, base: Pretrained, tuning: Tuning, params: Tree) -> None:
     """Writes the Hugging Face folder of the plain model, and the PEFT folder of LoRA adapters."""
+    if not is_first():
+        return
     folder = Path(config.out)
     shutil.rmtree(folder / "export", ignore_errors=True)
     save(folder / "export", base.model, tuning.whole(params), base.tokenizer)

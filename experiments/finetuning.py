@@ -22,6 +22,7 @@ from jaxdl.finetune.quantize import dequantize, quantize, with_quantized
 from jaxdl.finetune.unfreeze import Stages
 from jaxdl.losses import LossFn
 from jaxdl.models.apply import select_inputs
+from jaxdl.parallel import is_first
 from jaxdl.paths import Rules, Tree
 from jaxdl.run import replace_text
 from jaxdl.state import ALL, split_trainable
@@ -225,6 +226,8 @@ def write_outcome(out: str, accuracy: float, tuning: Tuning, params: Tree, secon
       params: the parameters at its end.
       seconds: since the experiment began.
     """
+    if not is_first():
+        return
     moving, frozen = split_trainable(params, tuning.trainable)
     n_moved, n_frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (moving, frozen))
     found = Outcome(
