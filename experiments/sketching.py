@@ -89,8 +89,9 @@ def _remedies(config: Any) -> Iterator[Remedy]:
     if remat is not None and remat != "full":
         yield Remedy("remat of whole layers", ("--config.model.remat=full",))
     parts, rows = config.hardware.microbatches, config.data.batch_size
+    n_data = max(1, parallel.parse_mesh(config.parallel.mesh).get("data", 1))
     for more in (2 * parts, 4 * parts):
-        if rows % more == 0:
+        if rows % (more * n_data) == 0:  # each part still has a row for every device
             yield Remedy(f"{more} microbatches", (f"--config.hardware.microbatches={more}",))
     if config.hardware.compute_dtype == "float32":
         yield Remedy("computing in bfloat16", ("--config.hardware.compute_dtype=bfloat16",))

@@ -36,6 +36,7 @@ from jaxdl.models.language import make_language_loss_fn
 from jaxdl.parallel import Split, make_mesh, zero
 from jaxdl.plan import (
     NoSketch,
+    Remedy,
     Sketch,
     TopologyError,
     array,
@@ -53,7 +54,12 @@ from jaxdl.plan.flops import tracing_for, without_remat
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT / 'configs' / 'digits_cnn.py'}"
-SMALL = [DIGITS, "--config.model.features=8,16", "--config.model.dense_width=0"]
+SMALL = [f"--config={ROOT / 'configs' / 'digits_mlp.py'}", "--config.model.widths=32"]
+GPT_WORDS = [
+    f"--config={ROOT / 'configs' / 'python_gpt.py'}",
+    *("--config.model.n_layers=1", "--config.model.layout=scanned", "--config.model.width=32"),
+    *("--config.tokenizer.vocab_size=300", "--config.data.length=64", "--config.new_tokens=5"),
+]
 
 # ---- operations ----
 
@@ -91,7 +97,7 @@ def test_remat_is_work_of_the_program_and_none_of_the_model():
     counted = []
     for sketch in (plain, twice):
         placed = step.place(sketch, jax.devices()[:1])
-        counted.append(step.count(sketch, parse_topology("v5e:1x1"), placed))
+        counted.append(step.count(sketch, step.trace(parse_topology("v5e:1x1"), placed)))
     assert counted[0]["model"] == counted[1]["model"] == counted[0]["program"]["float32"]
     layers = 3 * (12 * 32 * 32) + 3 * 2 * 32 * 16  # each layer's products once more, but the last of a branch
     extra = counted[1]["program"]["float32"] - counted[1]["model"]
@@ -236,7 +242,8 @@ def test_layers_in_a_scan_leave_the_rows_of_a_batch_where_they_are():
     sketch = dataclasses.replace(gpt("scanned", "full"), sharding=lambda state: zero(3, floor_bytes=512))
     tokens = array((64, 16), "int32")
     sketch = dataclasses.replace(sketch, batch={"tokens": tokens, "targets": tokens}, mesh={"data": 8})
-    found = step.compile_step(parse_topology("cpu:8"), step.place(sketch, jax.devices()))
+    where, placed = parse_topology("cpu:8"), step.place(sketch, jax.devices())
+    found = step.compile_step(where, placed, step.trace(where, placed))
     states, layer = 64 * 16 * 32 * 4, 128 * 32 * 4
     sent = {row["kind"]: row["largest"] for row in found["collectives"] if row["kind"] != "all-reduce"}
     assert sent["all-gather"] <= layer < states / 4
@@ -349,15 +356,12 @@ def test_what_a_device_holds_is_arithmetic():
 
 
 CASES = {
-    "digits CNN": (SMALL, "cpu:8"),
-    "digits CNN, FSDP": ([*SMALL, "--config.model.dense_width=512", "--config.parallel.sharding=fsdp"], "cpu:8"),
-    "digits MLP": ([f"--config={ROOT / 'configs' / 'digits_mlp.py'}"], "cpu:1"),
+    "digits CNN": ([DIGITS, "--config.model.features=8,16", "--config.model.dense_width=0"], "cpu:8"),
+    "digits MLP, FSDP": ([SMALL[0], "--config.model.widths=512,512", "--config.parallel.sharding=fsdp"], "cpu:8"),
+    "digits MLP": (SMALL, "cpu:1"),
     "regression": ([f"--config={ROOT / 'configs' / 'diabetes_mlp.py'}"], "cpu:1"),
-    "GPT": ([f"--config={ROOT / 'configs' / 'python_gpt.py'}", "--config.model.n_layers=1"], "cpu:1"),
-    "dates": (
-        [f"--config={ROOT / 'configs' / 'dates_lstm.py'}", "--config.model.width=16", "--config.data.batch_size=16"],
-        "cpu:2",
-    ),
+    "GPT": (GPT_WORDS, "cpu:1"),
+    "digits MLP, microbatches": ([*SMALL, "--config.hardware.microbatches=4"], "cpu:2"),
 }
 
 
@@ -375,7 +379,7 @@ def test_groups_add_up_to_the_compilers_peak(case):
     assert "It fits: " in said
     assert "the compiler's peak" in said
     json.dumps(result)
-    if case == "digits CNN, FSDP":
+    if case == "digits MLP, FSDP":
         assert {"all-gather", "reduce-scatter", "all-reduce"} & {
             row["kind"] for row in result["compiled"]["collectives"]
         }
@@ -415,7 +419,7 @@ def test_the_command_says_all_and_fits(tmp_path, capsys):
     assert main(words) == 0
     out = capsys.readouterr().out
     for said in (
-        "digits_cnn.py on cpu:2: 2 x this machine's CPU, mesh data=2",
+        "digits_mlp.py on cpu:2: 2 x this machine's CPU, mesh data=2",
         "optimizer.learning_rate  0.0003",
         "command line",
         "data.batch_size",
@@ -459,32 +463,24 @@ def test_a_compile_that_takes_too_long_is_ended(capsys):
 
 def test_what_does_not_fit_gets_remedies_ranked_by_what_they_save(monkeypatch, capsys):
     def small(self):
-        return 3_000_000
+        return 70_000
 
     monkeypatch.setattr(topology.Topology, "memory", property(small))
     monkeypatch.setattr(command, "compile_apart", lambda words, where, seconds: child.plan(words, where.name))
-    gpt = [f"--config={ROOT / 'configs' / 'python_gpt.py'}", "--config.model.n_layers=1", "--config.model.width=32"]
-    gpt += [
-        "--config.tokenizer.vocab_size=300",
-        "--config.data.length=64",
-        "--config.new_tokens=5",
-    ]
-    monkeypatch.setattr("experiments.sketching._remedies", some_remedies)
-    assert main(["plan", *gpt]) == 1
+    monkeypatch.setattr("experiments.sketching._remedies", two_remedies)
+    assert main(["plan", *SMALL]) == 1
     out = capsys.readouterr().out
     assert "It does not fit: " in out
-    table = out[out.index("remedy ") :].splitlines()[2:]
-    assert len(table) >= 2
-    assert "--config." in table[0]
-    peaks = [line.split("  ") for line in table]
-    assert peaks
+    table = [line.split() for line in out[out.index("remedy ") :].splitlines()[2:4]]
+    found = {line[-1]: line[-2] for line in table}
+    assert found == {"--config.data.batch_size=16": "yes", "--config.optimizer.name=lion": "no"}
+    assert table[0][-1] == "--config.data.batch_size=16"  # saves most
+    assert out.endswith("It fits with --config.data.batch_size=16\n")
 
 
-def some_remedies(config):
-    from jaxdl.plan import Remedy
-
-    yield Remedy("microbatches", ("--config.hardware.microbatches=4",))
-    yield Remedy("remat", ("--config.model.remat=full",))
+def two_remedies(config):
+    yield Remedy("lion", ("--config.optimizer.name=lion",))
+    yield Remedy("fewer rows", ("--config.data.batch_size=16",))
 
 
 # ---- what experiments say of themselves ----

@@ -64,9 +64,10 @@ def plan(words: Sequence[str], topology_name: str, *, tell: Any = lambda result:
     }
     tell(result)
     with _heard() as heard_more:
-        result["compiled"] = step.compile_step(topology, placed)
+        traced = step.trace(topology, placed)
+    result["compiled"] = step.compile_step(topology, placed, traced)
     result["choices"] = list(dict.fromkeys(heard + heard_more))
-    result["flops"] = step.count(sketch, topology, placed)
+    result["flops"] = step.count(sketch, traced)
     held = result["held"]
     least = 2 * (held["parameters"] + held["optimizer"]) + held["batch"]
     result["roofline"] = roofline.bound(topology, result["flops"], least)

@@ -36,7 +36,7 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> Flops:
       >>> count_flops(fn, x) == {"float32": 5 * (2 * 2 * 2 * 3 + 2 * 2 * 2 * 3)}
       True
     """
-    return _of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
+    return of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 @contextlib.contextmanager
@@ -58,7 +58,13 @@ def tracing_for(platform: str) -> Iterator[None]:
         yield
 
 
-def _of_jaxpr(jaxpr: Any) -> Flops:
+def of_jaxpr(jaxpr: Any) -> Flops:
+    """The same of what is traced already.
+
+    Example:
+      >>> of_jaxpr(jax.make_jaxpr(lambda x: x @ x)(jnp.ones((2, 2))).jaxpr).total()
+      16
+    """
     total: Flops = Counter()
     for eqn in jaxpr.eqns:
         total.update(_of_equation(eqn))
@@ -71,7 +77,7 @@ def _of_equation(eqn: Any) -> Flops:
         dtype = jnp.promote_types(*(one.aval.dtype for one in eqn.invars[:2]))
         return Counter({str(dtype): _COUNTED[name](eqn)})
     if name == "cond":
-        return max((_of_jaxpr(branch.jaxpr) for branch in eqn.params["branches"]), key=Counter.total)
+        return max((of_jaxpr(branch.jaxpr) for branch in eqn.params["branches"]), key=Counter.total)
     times = 1
     if name == "scan":
         times = eqn.params["length"]
@@ -79,7 +85,7 @@ def _of_equation(eqn: Any) -> Flops:
         times = math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
     total: Flops = Counter()
     for inner in _inner(eqn.params):
-        total.update(_of_jaxpr(inner))
+        total.update(of_jaxpr(inner))
     return Counter({dtype: times * n for dtype, n in total.items()})
 
 

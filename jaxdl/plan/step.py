@@ -153,44 +153,45 @@ def left_whole(placed: Placed, least: int = 2**20) -> list[str]:
     return [path for path, leaf in leaves.items() if n_bytes(leaf) >= least and leaf.sharding.is_fully_replicated]
 
 
-def count(sketch: Sketch, topology: Topology, placed: Placed) -> dict[str, Any]:
-    """Operations of a step on all devices: what the model needs, and what this program does to save memory."""
-    with flops.tracing_for(topology.chip.platform):
-        whole = constrained(placed.step, placed.mesh, placed.shardings)
-        done = flops.count_flops(whole, placed.state, placed.batch)
-    # As for a TPU: layers and attention are then plain products, none left out.
-    with flops.tracing_for("tpu"), flops.without_remat():
-        state = abstract_state(sketch)
-        needed = flops.count_flops(make_step(sketch), state, dict(sketch.batch))
-    return {"model": needed.total(), "program": dict(done)}
-
-
-def compile_step(topology: Topology, placed: Placed) -> dict[str, Any]:
-    """Compiles the step and reads the program: memory, collectives, traffic.
-
-    Returns:
-      `seconds`, and either the compiler's own bytes a device (`arguments`, `outputs`, `temporaries`, `peak`, `host`)
-      with `collectives` and `traffic`, or `refused`: why it did not compile, with `needed` bytes where it says so.
-    """
+def trace(topology: Topology, placed: Placed) -> Any:
+    """The step as JAX's `Traced`, with the choices that the library makes on that platform."""
     whole = NamedSharding(placed.mesh, P())
     jitted = jax.jit(
         constrained(placed.step, placed.mesh, placed.shardings),
         out_shardings=(placed.shardings, whole),
         donate_argnums=0,
     )
+    with flops.tracing_for(topology.chip.platform):
+        return jitted.trace(placed.state, placed.batch)
+
+
+def count(sketch: Sketch, traced: Any) -> dict[str, Any]:
+    """Operations of a step on all devices: what the model needs, and what this program does, more under remat."""
+    # As for a TPU: layers and attention are then plain products, none left out.
+    with flops.tracing_for("tpu"), flops.without_remat():
+        state = abstract_state(sketch)
+        needed = flops.count_flops(make_step(sketch), state, dict(sketch.batch))
+    return {"model": needed.total(), "program": dict(flops.of_jaxpr(traced.jaxpr.jaxpr))}
+
+
+def compile_step(topology: Topology, placed: Placed, traced: Any) -> dict[str, Any]:
+    """Compiles the step and reads the program: memory, collectives, traffic.
+
+    Returns:
+      `seconds`, and either the compiler's own bytes a device (`arguments`, `outputs`, `temporaries`, `peak`, `host`)
+      with `collectives` and `traffic`, or `refused`: why it did not compile, with `needed` bytes where it says so.
+    """
     started = time.perf_counter()
     with flops.tracing_for(topology.chip.platform):
-        lowered = jitted.lower(placed.state, placed.batch)
-    lowered_s = time.perf_counter() - started
+        lowered = traced.lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return {"seconds": time.perf_counter() - started, "lower_s": lowered_s, **_refused(str(error))}
+        return {"seconds": time.perf_counter() - started, **_refused(str(error))}
     memory: Any = compiled.memory_analysis()
     read = program.parse(compiled.as_text() or "")
     return {
         "seconds": time.perf_counter() - started,
-        "lower_s": lowered_s,
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,

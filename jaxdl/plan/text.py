@@ -202,4 +202,6 @@ def remedies(result: Result) -> str:
                 " ".join(one["flags"]),
             ]
         )
-    return table(lines, right=[1, 2])
+    found = next((one for one in tried if one["fits"]), None)
+    verdict = "None of these is enough." if found is None else f"It fits with {' '.join(found['flags'])}"
+    return f"{table(lines, right=[1, 2])}\n{verdict}"
