@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxdl.checkpoint import Store
 from jaxdl.data import ArraySource, Pipeline
 from jaxdl.errors import JaxdlError
 from jaxdl.parallel import ProcessError, make_mesh, processes, put_batch, watchdog
@@ -460,6 +461,35 @@ def test_what_the_first_process_raises_all_raise(linked, monkeypatch):
     others = [lambda link=links[i], text=text: link.exchange("x", text) for i, text in ((0, "full disk"), (2, None))]
     found = together(*others, lambda: processes.led("x", lambda: None, error=JaxdlError))
     assert found[2] == "full disk"
+
+
+def test_values_that_differ_are_refused_by_process(linked, monkeypatch):
+    links, _, _ = linked
+    monkeypatch.setattr(watchdog, "_current", links[1])
+    name = "the list of checkpoints"
+    others = [lambda link=links[i]: link.exchange(name, [5]) for i in (0, 2)]
+    found = together(*others, lambda: processes.agree(name, [], "all must see the same folder runs/a."))
+    assert found[2] == (
+        "the list of checkpoints differs between processes (process 0: [5], process 1: [], process 2: [5]); all must "
+        "see the same folder runs/a."
+    )
+
+
+def test_a_save_that_fails_in_the_first_process_fails_in_the_others(linked, monkeypatch, tmp_path):
+    links, _, _ = linked
+    monkeypatch.setattr(watchdog, "_current", links[1])
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+
+    def meet(name, problem, call):
+        others = [lambda: links[0].exchange(name, problem), lambda: links[2].exchange(name, None)]
+        return together(*others, call)[2]
+
+    state = {"w": np.ones(2)}
+    with Store(tmp_path) as store:
+        assert meet("the save of step 5", "no space left", lambda: store.save(5, state)) == "no space left"
+        assert meet("the save of step 6", None, lambda: store.save(6, state)) is None
+        assert meet("the end of the save of step 6", "the disk is gone", store.wait) == "the disk is gone"
+    assert list(tmp_path.iterdir()) == [], "only the first process writes"
 
 
 # ---- the launcher ----
