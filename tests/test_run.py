@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.settings import Parallel
 from jaxdl import JaxdlError
 from jaxdl.config import ConfigError, to_json
+from jaxdl.parallel import processes
 from jaxdl.paths import RuleError
 from jaxdl.run import Run, parameter_rows, replace_text
 
@@ -53,6 +55,26 @@ def test_without_a_checkpoint_there_is_nothing_to_protect(tmp_path):
         with open_run(tmp_path, Config(rate=rate)):
             pass
     assert (tmp_path / "config.json").read_text() == to_json(Config(rate=0.2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread(Config):
+    parallel: Parallel = dataclasses.field(default_factory=Parallel)
+
+
+def test_a_run_goes_on_with_other_devices_but_not_in_another_mode(tmp_path):
+    begun(tmp_path, Spread())
+    with open_run(tmp_path, Spread(parallel=Parallel(mesh="data=4,model=2", sharding="fsdp_tensor", process_count=2))):
+        pass
+    with pytest.raises(ConfigError, match=r"parallel\.exact: False -> True"):
+        open_run(tmp_path, Spread(parallel=Parallel(exact=True)))
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    with open_run(tmp_path / "run") as run:
+        assert (run.writers, run.progress) == ([], None)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_moved_folder_goes_on(tmp_path):
