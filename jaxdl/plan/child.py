@@ -47,7 +47,7 @@ def plan(words: Sequence[str], topology_name: str, *, tell: Any = lambda result:
             "name": topology.name,
             "title": topology.chip.title,
             "platform": topology.chip.platform,
-            "devices": topology.n_devices,
+            "devices": placed.mesh.size,
             "memory": topology.memory,
         },
         "mesh": dict(placed.mesh.shape),
@@ -70,7 +70,7 @@ def plan(words: Sequence[str], topology_name: str, *, tell: Any = lambda result:
     result["flops"] = step.count(sketch, traced)
     held = result["held"]
     least = 2 * (held["parameters"] + held["optimizer"]) + held["batch"]
-    result["roofline"] = roofline.bound(topology, result["flops"], least)
+    result["roofline"] = roofline.bound(topology, result["flops"], least, n_devices=placed.mesh.size)
     result["seconds"] = time.perf_counter() - started
     result["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result

@@ -6,11 +6,14 @@ from typing import Any
 from jaxdl.plan.topology import Topology
 
 
-def bound(topology: Topology, counted: Mapping[str, Any], least_bytes: int) -> dict[str, Any] | None:
+def bound(
+    topology: Topology, counted: Mapping[str, Any], least_bytes: int, *, n_devices: int | None = None
+) -> dict[str, Any] | None:
     """The shortest time of a step, and the MFU that it would be.
 
     Args:
       topology: the devices.
+      n_devices: how many of them the mesh takes; all where None.
       counted: of `step.count`: operations of all devices.
       least_bytes: what a device must read and write at the least.
 
@@ -24,7 +27,7 @@ def bound(topology: Topology, counted: Mapping[str, Any], least_bytes: int) -> d
       >>> told["step_s"], told["mfu"]
       (2.0, 0.5)
     """
-    chip, n = topology.chip, topology.n_devices
+    chip, n = topology.chip, n_devices or topology.n_devices
     if not chip.flops:
         return None
     slowest = min(chip.flops.values())

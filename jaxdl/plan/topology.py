@@ -230,7 +230,8 @@ def devices(topology: Topology) -> list[Any]:
         return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         said = str(error).splitlines()[0]
-        raise TopologyError(f"there is no topology {topology.name}: {said}") from None
+        near = ", ".join(nearest(topology.name, examples()))
+        raise TopologyError(f"there is no topology {topology.name}; nearest: {near}. The compiler: {said}") from None
 
 
 def _gpu_grid(topology: Topology) -> str:
