@@ -2,7 +2,7 @@
 
     python -m benchmarks.h100_memory           # about ten minutes on two cores
 
-XLA compiles for a description of the card (`h100_sxm.txtpb`), so neither a GPU nor a driver is needed, only the CUDA
+XLA compiles for a description of the card (`jaxdl/plan/h100_sxm.txtpb`), so neither a GPU nor a driver is needed, only the CUDA
 plugin of the same version as JAX and cuDNN. The memory is that of XLA's buffers; speed cannot be told this way.
 """
 
@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,9 +28,9 @@ from jaxdl.finetune.lora import Lora, add
 from jaxdl.finetune.quantize import quantize
 from jaxdl.models.language import make_language_loss_fn
 from jaxdl.models.llama import Llama, llama_block
+from jaxdl.plan.topology import H100_TARGET as TARGET
 from jaxdl.state import ALL, split_trainable
 
-TARGET = Path(__file__).parent / "h100_sxm.txtpb"
 GIB = 2**30
 PROJECTIONS = ".*/(query|key|value|output|gate|up|down)/kernel"
 
