@@ -2,8 +2,9 @@
 
     python -m benchmarks.h100_memory           # about ten minutes on two cores
 
-XLA compiles for a description of the card (`jaxdl/plan/h100_sxm.txtpb`), so neither a GPU nor a driver is needed, only the CUDA
-plugin of the same version as JAX and cuDNN. The memory is that of XLA's buffers; speed cannot be told this way.
+XLA compiles for a description of the card (`jaxdl/plan/h100_sxm.txtpb`), so neither a GPU nor a driver is needed, only
+the CUDA plugin of the same version as JAX and cuDNN. The memory is that of XLA's buffers; speed cannot be told this
+way.
 """
 
 import argparse
