@@ -1,6 +1,7 @@
 """Generation: against the full forward pass, NumPy loops, exhaustive search and hand-made stop conditions."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -246,3 +247,20 @@ def test_what_is_no_language_model_is_refused():
 
     with pytest.raises(GenerateError, match="MLP lacks hidden, logits, init_cache, vocab_size"):
         generate(MLP(widths=(2,), n_outputs=2), {}, [[1]], max_new_tokens=1)
+
+
+def test_a_cpu_writes_new_keys_and_values_into_the_cache_without_a_copy():
+    model = GPT2(gpt2_block(width=32, n_heads=2), n_layers=2, vocab_size=64, n_positions=64)
+    plan, sampling = Plan(Calls(model), 16, is_greedy=True, top_k=None), Sampling(0.0, None, None, None, None)
+    key, stops = jax.random.key(0), jnp.zeros(0, jnp.int32)
+
+    def first(tokens_BT):
+        params = model.init(key, tokens_BT)["params"]
+        return params, begin(params, tokens_BT, tokens_BT > 0, stops, key, sampling, plan=plan)
+
+    params, state = jax.eval_shape(first, jax.ShapeDtypeStruct((3, 16), jnp.int32))
+    text = advance.lower(params, state, jnp.int32(4), stops, key, sampling, plan=plan).compile().as_text()
+    shapes = {f"f32[{','.join(map(str, leaf.shape))}]" for leaf in jax.tree.leaves(state.cache) if leaf.ndim == 3}
+    assert shapes == {"f32[6,32,16]"}
+    assert text.count("f32[6,32,16]") > 8
+    assert not [line for line in text.splitlines() if re.search(r"= f32\[6,32,16\]\S* (copy|transpose)\(", line)]

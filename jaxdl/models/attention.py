@@ -217,9 +217,7 @@ def _attend_xla(
     dropout_fn: Any,
     n_blocks: int,
 ) -> Array:
-    """Batched products over (B, G, R T, K): XLA on a CPU runs them twice as fast as an einsum over BTHK.
-
-    Batch and heads stay two axes: merged, they could not be cut over two axes of a mesh.
+    """Batched products over (B G, R T, K): XLA on a CPU runs them twice as fast as an einsum over BTHK.
 
     With several blocks of queries, those of a block get the keys up to its end.
     """
@@ -243,20 +241,34 @@ def _cut(bias: Array, start: int, stop: int, n: int) -> Array:
 def _mix(
     query_BHTK: Array, key_BGSK: Array, value_BGSK: Array, bias: Array | None, softcap: float | None, dropout_fn: Any
 ) -> Array:
-    """The softmax-weighted sums, (B, H, T, K)."""
+    """The softmax-weighted sums, (B, H, T, K); `N` is batch and groups, one axis or two."""
     (B, H, T, K), (G, S) = query_BHTK.shape, key_BGSK.shape[1:3]
-    dtype, M, batch = jnp.promote_types(query_BHTK.dtype, jnp.float32), H // G * T, ((0, 1), (0, 1))
-    query_BGMK = query_BHTK.reshape(B, G, M, K)
-    scores_BGMS = jax.lax.dot_general(query_BGMK, key_BGSK, (((3,), (3,)), batch), preferred_element_type=dtype)
+    dtype, M, N = jnp.promote_types(query_BHTK.dtype, jnp.float32), H // G * T, _leading(B, G)
+    query_NMK, key_NSK, value_NSK = (x.reshape(*N, -1, K) for x in (query_BHTK, key_BGSK, value_BGSK))
+    i, batch = len(N), (tuple(range(len(N))),) * 2
+    scores_NMS = jax.lax.dot_general(query_NMK, key_NSK, (((i + 1,), (i + 1,)), batch), preferred_element_type=dtype)
     if softcap is not None:
-        scores_BGMS = softcap * jnp.tanh(scores_BGMS / softcap)
+        scores_NMS = softcap * jnp.tanh(scores_NMS / softcap)
     if bias is not None:
-        scores_BGMS = scores_BGMS + _in_rows(bias, query_BHTK.shape, G)
-    probabilities_BGMS = jax.nn.softmax(scores_BGMS, axis=-1).astype(value_BGSK.dtype)
+        scores_NMS = scores_NMS + _lead(_in_rows(bias, query_BHTK.shape, G), N)
+    probabilities_NMS = jax.nn.softmax(scores_NMS, axis=-1).astype(value_NSK.dtype)
     if dropout_fn is not None:
-        probabilities_BGMS = dropout_fn(probabilities_BGMS.reshape(B, H, T, S)).reshape(B, G, M, S)
-    mixed_BGMK = jax.lax.dot_general(probabilities_BGMS, value_BGSK, (((3,), (2,)), batch))
-    return mixed_BGMK.reshape(B, H, T, K)
+        probabilities_NMS = dropout_fn(probabilities_NMS.reshape(B, H, T, S)).reshape(*N, M, S)
+    mixed_NMK = jax.lax.dot_general(probabilities_NMS, value_NSK, (((i + 1,), (i,)), batch))
+    return mixed_NMK.reshape(B, H, T, K)
+
+
+def _leading(B: int, G: int) -> tuple[int, ...]:
+    """Batch and groups as one axis, so that a cache is updated in place; as two on a mesh, which may cut either."""
+    return (B * G,) if jax.sharding.get_abstract_mesh().empty else (B, G)
+
+
+def _lead(bias_BGMS: Array, N: tuple[int, ...]) -> Array:
+    b, g, *rest = bias_BGMS.shape
+    if len(N) == 2 or b == g == 1:
+        return bias_BGMS if len(N) == 2 else bias_BGMS[0]
+    G = N[0] // b if g == 1 else g
+    return jnp.broadcast_to(bias_BGMS, (N[0] // G, G, *rest)).reshape(N[0], *rest)
 
 
 def _in_rows(bias: Array, shape: tuple[int, ...], G: int) -> Array:
