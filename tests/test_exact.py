@@ -58,6 +58,14 @@ def test_every_layout_gives_the_same_bits(name, axes, sharding):
     assert trained(name, "exact", axes, sharding) == trained(name, "exact")
 
 
+def test_two_processes_give_the_same_bits():
+    """Each in a process of its own, with no more devices than it needs."""
+    options = ["--networks", "mlp", "--steps", "4"]
+    (one, *_), (two, *_) = (prove_exact.run(layout, options) for layout in ("1 device", "2 processes"))
+    assert (one["exact"], two["exact"]) == (True, True)
+    assert one["hash"] == two["hash"]
+
+
 def test_the_default_mode_does_not():
     """Else the test above could not fail."""
     assert trained("mlp", "default", (("data", 8),)) != trained("mlp", "default")

@@ -34,10 +34,11 @@ from jaxdl.step import Halves, Step, Sums
 Array = jax.Array
 N_SHARDS = 8
 
-# A product of Eigen with many threads may cut its sum by their number, which follows that of the devices.
+# A product of Eigen with many threads may cut its sum by their number, which follows that of the devices; a GPU chooses
+# its algorithms by how fast they are, and some of them add in the order in which threads come.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"xla_cpu_multi_thread_eigen": False},
-    "gpu": {"xla_gpu_exclude_nondeterministic_ops": True},
+    "gpu": {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": 0},
 }
 
 
