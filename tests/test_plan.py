@@ -97,7 +97,8 @@ def test_remat_is_work_of_the_program_and_none_of_the_model():
     counted = []
     for sketch in (plain, twice):
         placed = step.place(sketch, jax.devices()[:1])
-        counted.append(step.count(sketch, step.trace(parse_topology("v5e:1x1"), placed)))
+        where = parse_topology("v5e:1x1")
+        counted.append(step.count(sketch, where, step.trace(where, placed)))
     assert counted[0]["model"] == counted[1]["model"] == counted[0]["program"]["float32"]
     layers = 3 * (12 * 32 * 32) + 3 * 2 * 32 * 16  # each layer's products once more, but the last of a branch
     extra = counted[1]["program"]["float32"] - counted[1]["model"]

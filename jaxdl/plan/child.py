@@ -35,9 +35,9 @@ def plan(words: Sequence[str], topology_name: str, *, tell: Any = lambda result:
       JaxdlError: what the user gave does not fit, before anything is compiled.
     """
     started = time.perf_counter()
-    parsed, sketch = resolve(words)
     topology = parse_topology(topology_name)
     with _heard() as heard, tracing_for(topology.chip.platform):
+        parsed, sketch = resolve(words)
         placed = step.place(sketch, devices(topology))
     values = leaf_values(parsed.config)
     result: dict[str, Any] = {
@@ -67,7 +67,7 @@ def plan(words: Sequence[str], topology_name: str, *, tell: Any = lambda result:
         traced = step.trace(topology, placed)
     result["compiled"] = step.compile_step(topology, placed, traced)
     result["choices"] = list(dict.fromkeys(heard + heard_more))
-    result["flops"] = step.count(sketch, traced)
+    result["flops"] = step.count(sketch, topology, traced)
     held = result["held"]
     least = 2 * (held["parameters"] + held["optimizer"]) + held["batch"]
     result["roofline"] = roofline.bound(topology, result["flops"], least, n_devices=placed.mesh.size)

@@ -165,10 +165,10 @@ def trace(topology: Topology, placed: Placed) -> Any:
         return jitted.trace(placed.state, placed.batch)
 
 
-def count(sketch: Sketch, traced: Any) -> dict[str, Any]:
+def count(sketch: Sketch, topology: Topology, traced: Any) -> dict[str, Any]:
     """Operations of a step on all devices: what the model needs, and what this program does, more under remat."""
-    # As for a TPU: layers and attention are then plain products, none left out.
-    with flops.tracing_for("tpu"), flops.without_remat():
+    # On a platform with no habits of its own attention is plain products, none left out.
+    with flops.tracing_for("tpu" if topology.chip.platform == "tpu" else "plain"), flops.without_remat():
         state = abstract_state(sketch)
         needed = flops.count_flops(make_step(sketch), state, dict(sketch.batch))
     return {"model": needed.total(), "program": dict(flops.of_jaxpr(traced.jaxpr.jaxpr))}
