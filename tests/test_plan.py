@@ -18,6 +18,7 @@ from experiments import (
     classify_images,
     classify_text,
     dates,
+    finetune_text,
     images,
     language_model,
     masked_language_model,
@@ -31,6 +32,7 @@ from jaxdl.config import parse
 from jaxdl.data.text import ByteTokenizer, Documents, encode_rows, encode_tags, mask_tokens
 from jaxdl.errors import JaxdlError
 from jaxdl.losses import LossOut
+from jaxdl.models.bert import Bert, bert_block
 from jaxdl.models.gpt2 import GPT2, gpt2_block
 from jaxdl.models.language import make_language_loss_fn
 from jaxdl.parallel import Split, make_mesh, zero
@@ -51,6 +53,7 @@ from jaxdl.plan import (
     topology,
 )
 from jaxdl.plan.flops import tracing_for, without_remat
+from jaxdl.pretrained import save
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT / 'configs' / 'digits_cnn.py'}"
@@ -535,6 +538,27 @@ def test_texts_are_as_the_sketch_says():
     words = Documents({"text": ["a b"], "words": [("a", "b")], "tags": [("name", "name")]})
     rows = encode_tags(words, ByteTokenizer(), config.data.length, tag_names=tag_tokens.PYTHON_TAGS)
     assert said(config.sketch()) == shapes(rows.arrays)
+
+
+@pytest.mark.parametrize("name", ["minilm_lora", "minilm_head"])
+def test_a_plan_of_fine_tuning_knows_what_moves_and_where_it_is_from(name, tmp_path):
+    block = bert_block(16, 2, 32)
+    model = Bert(block, n_layers=6, vocab_size=64, n_positions=32, has_pooler=True)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    save(tmp_path / "bert", model, params)
+    flags = [f"--config.pretrained={tmp_path / 'bert'}", f"--config.corpus.path={tmp_path}"]
+    sketch = config_of(finetune_text, f"{name}.py", *flags, "--config.data.length=8").sketch()
+    placed = step.place(sketch, jax.devices()[:1])
+    rows = {row["path"]: row for row in step.parameter_table(sketch, placed)}
+    moving = {path for path, row in rows.items() if row["trainable"]}
+    pooler = {"pooler/kernel", "pooler/bias"} if name == "minilm_head" else set()  # pretrained, and part of a head
+    assert moving == pooler | {path for path, row in rows.items() if row["source"] == "seed"}
+    assert {"head/kernel", "head/bias"} <= moving
+    assert any(path.startswith("adapters/") for path in moving) == (name == "minilm_lora")
+    assert rows["pooler/kernel"]["source"] == str(tmp_path / "bert")
+    assert "fresh 2: head/bias, head/kernel" in sketch.notes[0]
+    n = sum(rows[path]["shape"][0] * (rows[path]["shape"] + (1,))[1] for path in moving)
+    assert step.held(sketch, placed)["gradients"] == 4 * n
 
 
 def test_a_configuration_that_cannot_say_its_shapes_says_why():
