@@ -43,6 +43,7 @@ from jaxdl.plan import (
     TopologyError,
     array,
     child,
+    collectives,
     command,
     count_flops,
     parse_topology,
@@ -165,7 +166,7 @@ def test_collectives_count_as_often_as_they_run():
     out_specs = (P(), P(None, None))
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=P(), out_specs=out_specs, check_vma=False)
     read = program.parse(jax.jit(mapped).lower(array((1024,), "float32")).compile().as_text())
-    rows = {(row["kind"], *row["axes"]): row for row in program.summary(program.collectives(read, mesh.shape))}
+    rows = {(row["kind"], *row["axes"]): row for row in collectives.summary(collectives.collectives(read, mesh.shape))}
     assert rows["all-reduce", "data"]["count"] == 5
     assert rows["all-reduce", "data"]["largest"] == 4096
     assert rows["all-gather", "model"]["count"] == 5
@@ -224,13 +225,15 @@ ENTRY %main.1_spmd (x: f32[8,128]) -> f32[] {
     ],
 )
 def test_groups_of_devices_are_axes_of_the_mesh(said, axes):
-    assert program._axes(f", channel_id=1, {said}, use_global_device_ids=true", {"data": 4, "model": 2}) == axes
+    assert collectives._axes(f", channel_id=1, {said}, use_global_device_ids=true", {"data": 4, "model": 2}) == axes
 
 
 def test_the_text_of_a_tpu_is_read():
     read = program.parse(TPU_TEXT)
     assert read.entry == "main.1_spmd"
-    found = {(one.kind, one.axes, one.times, one.n_bytes) for one in program.collectives(read, {"data": 4, "model": 2})}
+    found = {
+        (one.kind, one.axes, one.times, one.n_bytes) for one in collectives.collectives(read, {"data": 4, "model": 2})
+    }
     assert found == {
         ("all-gather", ("data",), 6, 4 * 128 * 4),
         ("collective-permute", ("model",), 1, 4096),

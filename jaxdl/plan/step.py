@@ -13,7 +13,7 @@ from jaxdl import paths
 from jaxdl.errors import JaxdlError
 from jaxdl.parallel import batch_shardings, bytes_per_device, constrained, make_mesh, state_shardings, unused_axes
 from jaxdl.parallel.sharding import n_bytes
-from jaxdl.plan import flops, program
+from jaxdl.plan import collectives, flops, program
 from jaxdl.plan.sketch import Sketch
 from jaxdl.plan.topology import Topology
 from jaxdl.run import parameter_rows
@@ -198,7 +198,7 @@ def compile_step(topology: Topology, placed: Placed, traced: Any) -> dict[str, A
         "temporaries": memory.temp_size_in_bytes,
         "host": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         "peak": _peak(topology, memory),
-        "collectives": program.summary(program.collectives(read, placed.mesh.shape)),
+        "collectives": collectives.summary(collectives.collectives(read, placed.mesh.shape)),
         "traffic": program.traffic(read),
     }
 
