@@ -57,7 +57,7 @@ LAYOUTS = {  # mesh, sharding, processes
     "4 processes, 8 devices": ("data=8", "replicated", 4),
 }
 DIFFER = ("1 device", "8 devices")
-FLOOR_BYTES = 64
+FLOOR_BYTES = 512
 
 
 def gpt_3m(dropout_rate: float = 0.0) -> small_networks.Task:
