@@ -15,6 +15,7 @@ from jaxdl.models.gpt2 import GPT2, gpt2_block
 from jaxdl.models.language import _is_likeliest, make_language_loss_fn
 from jaxdl.models.llama import Llama, llama_block
 from jaxdl.optim import make_optimizer
+from jaxdl.parallel import make_mesh
 from jaxdl.state import create_state
 from jaxdl.step import make_train_step
 
@@ -135,6 +136,9 @@ def test_the_size_decides_and_the_log_says_so(caplog):
     with caplog.at_level(logging.INFO, "jaxdl"):
         jax.eval_shape(lambda p, t: loss_fn(p, {}, {"tokens": t, "targets": t}, None).total, params, tokens)
     assert "logits at a time: 671 tokens (781 MiB in all, at most 256 at once)" in caplog.text
+    with caplog.at_level(logging.INFO, "jaxdl"), jax.sharding.use_abstract_mesh(make_mesh(data=4).abstract_mesh):
+        jax.eval_shape(lambda p, t: loss_fn(p, {}, {"tokens": t, "targets": t}, None).total, params, tokens)
+    assert "logits at a time: the whole batch (781 MiB in all, at most 1024 at once)" in caplog.text
 
 
 def test_dropout_differs_by_key_and_training_learns():

@@ -48,7 +48,7 @@ def make_language_loss_fn(
       model: a module with the methods `hidden` and `logits`.
       train: passed on to the model; with True it gets a `dropout` key.
       chunk_tokens: tokens of all rows together in a chunk, rounded to whole columns of the batch. None: as many as make
-        256 MiB of logits, and no chunks where the whole batch makes less; the log says which.
+        256 MiB of logits a device, and no chunks where the whole batch makes less; the log says which.
       label_smoothing, z_loss: as for `losses.cross_entropy`.
 
     Returns:
@@ -191,15 +191,20 @@ def _n_chunks_of(model: nn.Module, variables: Tree, hidden_BTD: Array, chunk_tok
 def _n_chunks(shape: tuple[int, ...], vocab_size: int, chunk_tokens: int | None) -> int:
     (n_rows, length), n_bytes = shape, math.prod(shape) * vocab_size * 4
     if chunk_tokens is None:
-        chunk_tokens = max(1, MOST_LOGIT_BYTES // (vocab_size * 4))
-        is_small = n_bytes <= MOST_LOGIT_BYTES
+        most = MOST_LOGIT_BYTES * _n_shards()
+        chunk_tokens = max(1, most // (vocab_size * 4))
+        is_small = n_bytes <= most
         choice = "the whole batch" if is_small else f"{chunk_tokens} tokens"
-        tell(
-            "logits at a time", choice, f"{n_bytes / 2**20:.0f} MiB in all, at most {MOST_LOGIT_BYTES // 2**20} at once"
-        )
+        tell("logits at a time", choice, f"{n_bytes / 2**20:.0f} MiB in all, at most {most // 2**20} at once")
         if is_small:
             return 1
     return -(-length // max(1, chunk_tokens // n_rows))
+
+
+def _n_shards() -> int:
+    """Devices that share the tokens of a batch, where a step is compiled for a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in ("data", "sequence"))
 
 
 def _in_chunks(fn: Any, n: int, *arrays: Array) -> Any:
