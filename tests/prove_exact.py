@@ -135,6 +135,8 @@ def train(name: str, mesh: Any, sharding: str, *, exact: bool, steps: int) -> di
         sharding=rules(sharding, state),
         exact_shards=N_SHARDS if exact else None,
     )
+    if result.stopped_by:
+        raise RuntimeError(f"stopped by {result.stopped_by}: there is no hash of {steps} steps")
     ms = 1000 * result.timing.train_s / max(result.timing.steps - 1, 1)
     return {"hash": digest(result.state, kept.rows), "ms": ms}
 
