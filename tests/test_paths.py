@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdl import TrainState, create_state, paths
@@ -99,6 +99,7 @@ def test_two_leaves_of_one_path_are_refused():
         paths.flatten({"a": {"b": 1}, "a/b": 2})
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from("abcdef"), st.dictionaries(st.sampled_from("xyz"), st.integers(), min_size=1), min_size=1
