@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Competitor, Result, Settings, check_same_losses, fastest, measure, speed_up, spread
+from benchmarks import training
+from benchmarks.harness import Competitor, Result, Settings, check_same_losses, fastest, measure, spread
 from benchmarks.machine import n_cores, use_full_float32
 from benchmarks.network import BATCH_SIZE, SIZES, flops_per_step, make_jaxdl, make_torch, training_rows
-from benchmarks.table import Table, not_run, ratio_cell, time_cell
+from benchmarks.table import Table, time_cell
 
 STEPS_PER_CALL = 50  # of `repeat`
 N_BATCHES = 100  # batches in memory, used in turn
@@ -196,13 +197,7 @@ def _table(results: dict[str, Result]) -> Table:
         ["", "time of a step", f"speed against {best.name}", "GFLOP/s", "of the peak"],
         results=list(results.values()),
     )
-    for result in same:
-        if result.failure:
-            table.rows.append(not_run(result.name, result.failure, 5))
-            continue
-        rate = flops / result.median_s
-        cells = [time_cell(spread(result.seconds)), ratio_cell(speed_up(result, best))]
-        table.rows.append([result.name, *cells, f"{rate / 1e9:.0f}", f"{100 * rate * peak:.0f} %"])
+    table.rows = training.step_rows(same, best, flops, peak)
     table.notes = [
         f"Peak: {1 / peak / 1e9:.0f} GFLOP/s (XLA, float32 product of two matrices of 1536 x 1536, same rounds). First "
         f"{N_LOSSES} losses agree to {difference:.0e} (allowed {TOLERANCE:.0e}).",
@@ -214,17 +209,7 @@ def _table(results: dict[str, Result]) -> Table:
 
 def verdict(ours: Sequence[Result], best: Result) -> str:
     """How the variants stand to floor and aim, in words."""
-    if best.failure:
-        return "Floor and aim: not judged, PyTorch did not run."
-    judged = []
-    for result in ours:
-        ratio = speed_up(result, best)
-        if ratio is None:
-            judged.append(f"{result.name}: not run")
-            continue
-        word = "below the floor" if ratio.median < FLOOR else "above the floor" if ratio.median < AIM else "aim reached"
-        judged.append(f"{result.name}: {word} ({ratio.median:.2f})")
-    return f"Floor {FLOOR}, aim {AIM} times the faster PyTorch. {'; '.join(judged)}."
+    return training.verdict(ours, best, training.Aim(FLOOR, AIM))
 
 
 def _host_note(results: dict[str, Result]) -> str:

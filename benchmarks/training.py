@@ -294,19 +294,26 @@ def table(title: str, results: Sequence[Result], *, flops: float, aim: Aim, tole
     made = Table(
         title, ["", "time of a step", f"speed against {best.name}", "GFLOP/s", "of the peak"], results=list(results)
     )
-    for result in rows:
-        if result.failure:
-            made.rows.append(not_run(result.name, result.failure, 5))
-            continue
-        rate = flops / result.median_s
-        cells = [time_cell(spread(result.seconds)), ratio_cell(speed_up(result, best))]
-        made.rows.append([result.name, *cells, f"{rate / 1e9:.0f}", f"{100 * rate * peak.median_s:.0f} %"])
+    made.rows = step_rows(rows, best, flops, peak.median_s)
     made.notes = [
         f"Peak: {1 / peak.median_s / 1e9:.0f} GFLOP/s (XLA, float32 product of two matrices of 1536 x 1536, same "
         f"rounds). First losses agree to {difference:.0e} (allowed {tolerance:.0e}).",
         verdict([result for result in rows if not result.name.startswith("PyTorch")], best, aim),
     ]
     return made
+
+
+def step_rows(results: Sequence[Result], best: Result, flops: float, peak_s: float) -> list[Sequence[str]]:
+    """Name, time, speed against the best, GFLOP/s and share of the peak of each; `peak_s` is of one operation."""
+    rows: list[Sequence[str]] = []
+    for result in results:
+        if result.failure:
+            rows.append(not_run(result.name, result.failure, 5))
+            continue
+        rate = flops / result.median_s
+        cells = [time_cell(spread(result.seconds)), ratio_cell(speed_up(result, best))]
+        rows.append([result.name, *cells, f"{rate / 1e9:.0f}", f"{100 * rate * peak_s:.0f} %"])
+    return rows
 
 
 def verdict(ours: Sequence[Result], best: Result, aim: Aim) -> str:
