@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint prove prove-exact bench newest clean
+.PHONY: train test lint prove prove-exact prove-processes bench newest clean
 
 train: $(VENV)/.installed
 	$(RUN) -m experiments.classify_images --config configs/digits_cnn.py
@@ -24,6 +24,10 @@ prove: $(VENV)/.installed-test
 # Seven layouts of devices, five networks, 200 steps: one hash each; docs/exact.md keeps what it printed.
 prove-exact: $(VENV)/.installed-test
 	$(RUN) -m tests.prove_exact
+
+# Five networks over 2 and 4 processes, and killed runs that go on with other numbers; docs/processes.md keeps it.
+prove-processes: $(VENV)/.installed-test
+	$(RUN) -m tests.prove_processes
 
 # About half an hour; docs/performance.md keeps what it printed.
 bench: $(VENV)/.installed-test

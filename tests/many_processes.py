@@ -20,11 +20,28 @@ from jaxdl.data import ArraySource, Pipeline, eval_batches
 from jaxdl.errors import JaxdlError
 from jaxdl.evaluation import make_evaluator
 from jaxdl.loop import fit
-from jaxdl.parallel import initialize, is_first, make_mesh, parse_mesh, tensor_parallel, watchdog, with_fsdp, zero
+from jaxdl.parallel import (
+    REPLICATED,
+    initialize,
+    is_first,
+    make_mesh,
+    parse_mesh,
+    tensor_parallel,
+    watchdog,
+    with_fsdp,
+    zero,
+)
+from jaxdl.parallel.exact import N_SHARDS
 from jaxdl.report.writers import JsonlWriter
 from tests import small_networks
+from tests.prove_exact import digest
 
-BATCH_SIZE, SEED = 8, 3
+BATCH_SIZE, SEED, FLOOR_BYTES = 8, 3, 512
+SHARDINGS = {
+    "replicated": lambda state: REPLICATED,
+    "fsdp": lambda state: zero(3, floor_bytes=FLOOR_BYTES),
+    "fsdp_tensor": lambda state: with_fsdp(tensor_parallel(state), floor_bytes=FLOOR_BYTES),
+}
 
 
 class Logged(Pipeline):
@@ -36,18 +53,29 @@ class Logged(Pipeline):
         return super().__getitem__(step)
 
 
-def train(name: str, folder: Path, *, mesh: str, steps: int, stop_at: int | None = None, pause_s: float = 0.0) -> int:
-    """Trains one network; the folder gets `losses.jsonl` of the first process and `rows_<process>.jsonl` of each."""
-    task = small_networks.NETWORKS[name]()
+def train(
+    name: str,
+    folder: Path,
+    *,
+    mesh: str,
+    steps: int,
+    sharding: str | None = None,
+    is_exact: bool = False,
+    stop_at: int | None = None,
+    pause_s: float = 0.0,
+) -> int:
+    """Trains one network; the folder gets `losses.jsonl` of the first process and `rows_<process>.jsonl` of each.
+
+    In exact mode there is dropout too, and the hash of the last state is printed.
+    """
+    task = small_networks.NETWORKS[name](dropout_rate=0.1 if is_exact else 0.0)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["ROWS_LOG"] = str(folder / f"rows_{jax.process_index()}.jsonl")
     data = Logged(ArraySource(task.data), batch_size=BATCH_SIZE, seed=SEED)
     step, options = make_train_step(task.loss_fn, task.optimizer(), trainable=task.trainable), dict[str, Any]()
     axes: Any = parse_mesh(mesh)
     if mesh != "data=1":
-        rules = (
-            with_fsdp(tensor_parallel(task.state()), floor_bytes=512) if "model" in axes else zero(3, floor_bytes=512)
-        )
+        rules = SHARDINGS[sharding or ("fsdp_tensor" if "model" in axes else "fsdp")](task.state())
         options = {"mesh": make_mesh(**axes), "sharding": rules}
     writer = Slow(folder / "losses.jsonl", pause_s)
     with contextlib.closing(writer), Store(folder / "checkpoints") as store:
@@ -64,8 +92,11 @@ def train(name: str, folder: Path, *, mesh: str, steps: int, stop_at: int | None
             log_every=1,
             writers=[writer] if is_first() else [],
             is_resident=False,
+            exact_shards=N_SHARDS if is_exact else None,
             **options,
         )
+    if is_exact:
+        print(f"{name}: hash {digest(done.state)}", flush=True)
     print(f"{name}: stopped by {done.stopped_by} at step {int(done.state.step)}", flush=True)
     return int(done.state.step)
 
@@ -96,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("networks", nargs="+")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--mesh", default="data=-1")
+    parser.add_argument("--sharding", choices=SHARDINGS)
+    parser.add_argument("--exact", action="store_true")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--stop-at", type=int)
     parser.add_argument("--pause-s", type=float, default=0.0)
@@ -110,6 +143,8 @@ def main(argv: list[str] | None = None) -> int:
                 words.folder / name,
                 mesh=words.mesh,
                 steps=words.steps,
+                sharding=words.sharding,
+                is_exact=words.exact,
                 stop_at=words.stop_at,
                 pause_s=words.pause_s,
             )
