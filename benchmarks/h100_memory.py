@@ -101,14 +101,10 @@ class Memory(NamedTuple):
     seconds: float
 
 
-def abstract_step(case: Case, sizes: Sizes) -> tuple[Any, Any, Any]:
-    """The train step of a case, its state and its batch, both as shapes."""
+def parts(case: Case, sizes: Sizes, dtype: Any = jnp.bfloat16) -> tuple[Any, Any, Any]:
+    """`(loss_fn, init, batch)` of a case: `init` is `key -> params`, the batch is shapes; computed in `dtype`."""
     block = llama_block(
-        width=sizes.width,
-        n_heads=sizes.n_heads,
-        n_kv_heads=sizes.n_kv_heads,
-        hidden=sizes.hidden,
-        dtype=jnp.bfloat16,
+        width=sizes.width, n_heads=sizes.n_heads, n_kv_heads=sizes.n_kv_heads, hidden=sizes.hidden, dtype=dtype
     )
     model = Llama(block, n_layers=sizes.n_layers, vocab_size=sizes.vocab_size, layout="unrolled", remat="full")
     tokens = jax.ShapeDtypeStruct((sizes.n_rows, sizes.n_tokens), jnp.int32)
@@ -116,17 +112,24 @@ def abstract_step(case: Case, sizes: Sizes) -> tuple[Any, Any, Any]:
     if case.rank is not None:
         settings = Lora([(PROJECTIONS, case.rank), (".*", None)])
         loss_fn = with_adapters(loss_fn, settings)
+
+    def init(key: jax.Array) -> Any:
+        params = quantize(model.init(key, jnp.zeros(tokens.shape, tokens.dtype))["params"], case.base)
+        return params if settings is None else add(key, params, settings, model, tokens)
+
+    return loss_fn, init, {"tokens": tokens, "targets": tokens}
+
+
+def abstract_step(case: Case, sizes: Sizes) -> tuple[Any, Any, Any]:
+    """The train step of a case, its state and its batch, both as shapes."""
+    loss_fn, init, batch = parts(case, sizes)
     tx = make_optimizer("adamw", learning_rate=1e-4)
 
     def start(key: jax.Array) -> Any:
-        params = quantize(model.init(key, jnp.zeros(tokens.shape, tokens.dtype))["params"], case.base)
-        if settings is not None:
-            params = add(key, params, settings, model, tokens)
-        return create_state(params, {}, tx, rng=key, trainable=case.trainable)
+        return create_state(init(key), {}, tx, rng=key, trainable=case.trainable)
 
     state = jax.eval_shape(start, jax.random.key(0))
-    step = make_train_step(loss_fn, tx, trainable=case.trainable, microbatches=case.microbatches)
-    return step, state, {"tokens": tokens, "targets": tokens}
+    return make_train_step(loss_fn, tx, trainable=case.trainable, microbatches=case.microbatches), state, batch
 
 
 def measure(case: Case, sizes: Sizes, sharding: Any = None) -> Memory:

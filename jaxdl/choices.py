@@ -48,6 +48,29 @@ def shown() -> Iterator[None]:
         _LOGGER.propagate = True
 
 
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """Collects choices for a while, also those that were told before.
+
+    Example:
+      >>> with heard() as told:
+      ...     tell("attention", "xla", "the platform is cpu")
+      >>> told
+      ['attention: xla (the platform is cpu)']
+    """
+    lines: list[str] = []
+    handler, level = logging.Handler(), _LOGGER.level
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    tell.cache_clear()
+    _LOGGER.addHandler(handler)
+    _LOGGER.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        _LOGGER.removeHandler(handler)
+        _LOGGER.setLevel(level)
+
+
 class _ToStandardError(logging.Handler):
     """Looks standard error up at each line: it may be another stream by then."""
 

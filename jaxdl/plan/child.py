@@ -3,14 +3,12 @@
 python -m jaxdl.plan.child REQUEST.json RESULT.json
 """
 
-import contextlib
 import importlib.metadata
 import json
-import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ def plan(words: Sequence[str], topology_name: str, *, tell: Any = lambda result:
     """
     started = time.perf_counter()
     topology = parse_topology(topology_name)
-    with _heard() as heard, tracing_for(topology.chip.platform):
+    with choices.heard() as told, tracing_for(topology.chip.platform):
         parsed, sketch = resolve(words)
         placed = step.place(sketch, devices(topology))
     values = leaf_values(parsed.config)
@@ -63,10 +61,10 @@ def plan(words: Sequence[str], topology_name: str, *, tell: Any = lambda result:
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
     }
     tell(result)
-    with _heard() as heard_more:
+    with choices.heard() as told_later:
         traced = step.trace(topology, placed)
     result["compiled"] = step.compile_step(topology, placed, traced)
-    result["choices"] = list(dict.fromkeys(heard + heard_more))
+    result["choices"] = list(dict.fromkeys(told + told_later))
     result["flops"] = step.count(sketch, topology, traced)
     held = result["held"]
     least = 2 * (held["parameters"] + held["optimizer"]) + held["batch"]
@@ -74,23 +72,6 @@ def plan(words: Sequence[str], topology_name: str, *, tell: Any = lambda result:
     result["seconds"] = time.perf_counter() - started
     result["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result
-
-
-@contextlib.contextmanager
-def _heard() -> Iterator[list[str]]:
-    """What the library chooses by platform and shape meanwhile."""
-    lines: list[str] = []
-    logger, handler = logging.getLogger("jaxdl"), logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    choices.tell.cache_clear()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield lines
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,0 +1,98 @@
+"""Measures competitors as `benchmarks.harness` does, within a given time.
+
+All prepare at once (imports, weights), then compile one after the other, then work in turn, never two at a time.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from benchmarks.harness import BenchmarkError, Child, Competitor, Result
+
+LEAST_ROUNDS, MOST_ROUNDS = 3, 7
+OUT_OF_TIME = "out of time"
+
+
+def measure(
+    competitors: Sequence[Competitor], deadline: float, note: Callable[[str], object], most_rounds: int = MOST_ROUNDS
+) -> list[Result]:
+    """Times the competitors until `deadline`, of `time.monotonic`, or through `most_rounds`.
+
+    Returns:
+      A result for each, in their order; one that failed, or was not through LEAST_ROUNDS rounds in time, says why.
+      Rounds that not all went through are left out. The facts are those of `warm_up`, with `warm_up_s` and
+      `peak_bytes`.
+    """
+    children = {competitor.name: Child(competitor) for competitor in competitors}
+    facts: dict[str, dict[str, Any]] = {name: {} for name in children}
+    seconds: dict[str, list[float]] = {name: [] for name in children}
+    failures: dict[str, str] = {}
+
+    def ask(name: str, work: Callable[[], Any]) -> Any:
+        if name in failures:
+            return None
+        try:
+            with _killed_at(deadline, children[name]):
+                return work()
+        except BenchmarkError as error:
+            failures[name] = OUT_OF_TIME if time.monotonic() >= deadline else str(error)
+            note(f"{name}: {failures[name]}")
+
+    try:
+        note(f"prepare: {', '.join(children)}")
+        with ThreadPoolExecutor(len(children)) as pool:
+            list(pool.map(lambda name: ask(name, children[name].set_up), children))
+        for name, child in children.items():
+            started = time.monotonic()
+            facts[name] = ask(name, lambda child=child: child.call("warm_up")) or {}
+            facts[name]["warm_up_s"] = time.monotonic() - started
+            note(f"{name}: compiled and warm after {facts[name]['warm_up_s']:.0f} s")
+        _take_turns(competitors, children, seconds, failures, ask, deadline, most_rounds)
+        for name, child in children.items():
+            facts[name]["peak_bytes"] = ask(name, lambda child=child: child.call("memory"))
+    finally:
+        for child in children.values():
+            child.__exit__()
+    n = min((len(taken) for name, taken in seconds.items() if name not in failures), default=0)
+    late = {name: OUT_OF_TIME for name in children if name not in failures and n < min(LEAST_ROUNDS, most_rounds)}
+    failures |= late
+    return [
+        Result(name, failure=failures[name], facts=facts[name])
+        if name in failures
+        else Result(name, tuple(seconds[name][:n]), facts[name])
+        for name in children
+    ]
+
+
+def _take_turns(
+    competitors: Sequence[Competitor],
+    children: dict[str, Child],
+    seconds: dict[str, list[float]],
+    failures: dict[str, str],
+    ask: Callable[..., Any],
+    deadline: float,
+    most_rounds: int,
+) -> None:
+    longest = 0.0
+    for _ in range(most_rounds):
+        started = time.monotonic()
+        if started + longest > deadline or len(failures) == len(children):
+            return
+        for one in competitors:
+            taken = ask(one.name, lambda one=one: children[one.name].call("round", **one.arguments))
+            if taken is not None:
+                seconds[one.name].append(taken)
+        longest = max(longest, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _killed_at(deadline: float, child: Child) -> Iterator[None]:
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), child.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
