@@ -29,8 +29,8 @@ prove-exact: $(VENV)/.installed-test
 prove-processes: $(VENV)/.installed-test
 	$(RUN) -m tests.prove_processes
 
-# About half an hour; docs/performance.md keeps what it printed.
-bench: $(VENV)/.installed-test
+# About twenty minutes; docs/performance.md keeps what it printed.
+bench: $(VENV)/.installed-bench
 	$(RUN) -m benchmarks.run
 
 $(VENV)/bin/python:
@@ -43,6 +43,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable '.[bench]'
 	touch $@ $(VENV)/.installed
 
 # A short selection on the newest JAX that the given Python can have, in an environment of its own.

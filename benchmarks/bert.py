@@ -1,7 +1,7 @@
 """Fine-tuning a BERT of MiniLM's shape for classification, with random weights: everything, the last layer, or LoRA.
 
 Rows are padded to one length and masked; dropout is off on both sides, so that the losses can be compared. PyTorch's
-side is `transformers` with its fused attention, and `peft`.
+side is `transformers` with its fused attention, also inside its trainer, and `peft`.
 
 Dimensions: `B` batch, `T` time, `D` width, `F` hidden, `N` batches, `L` layers.
 """
@@ -36,6 +36,7 @@ KINDS = {
     "last": ("the last layer, the pooler and the head", Aim(1.1, 1.25), 2),
     "lora": (f"LoRA r={RANK} on all attention projections, and the head", Aim(0.88, 1.05), 1),
 }
+TRAINER = "transformers' Trainer"
 MOST_OVER_ORACLE, MOST_OF_FULL, MOST_MOMENTS = 1.03, 0.72, 0.02
 
 
@@ -218,7 +219,8 @@ def run(settings: Settings) -> list[Table]:
     tables, found = [], {}
     for kind, (what, aim, steps) in KINDS.items():
         sizes: dict[str, Any] = {"kind": kind, **SIZES}
-        results = measure(competitors("benchmarks.bert", sizes, settings, steps=steps), settings)
+        with tempfile.TemporaryDirectory() as directory:
+            results = measure(_rows(kind, sizes, steps, settings, directory), settings)
         title = f"BERT as MiniLM, batch {SIZES['batch_size']}, length {SIZES['length']}, trains {what}: one step"
         tables.append(table(title, results, flops=flops_per_step(**sizes), aim=aim))
         found[kind] = next(result for result in results if result.name == "jaxdl")
@@ -226,6 +228,14 @@ def run(settings: Settings) -> list[Table]:
         settings.note("compiles to count FLOPs")
         counts = child.set_up()
     return [*tables, work_table(counts, found)]
+
+
+def _rows(kind: str, sizes: dict[str, Any], steps: int, settings: Settings, directory: str) -> list[Competitor]:
+    rows = competitors("benchmarks.bert", sizes, settings, steps=steps, bare="bert" if kind == "last" else None)
+    if kind == "full":
+        options = {"directory": directory, **sizes}
+        rows.append(Competitor(TRAINER, "benchmarks.trainer:Trainer", options, {"steps": steps}))
+    return rows
 
 
 def work_table(counts: dict[str, float], found: dict[str, Result]) -> Table:

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,8 +227,9 @@ def measure(competitors: Sequence[Competitor], settings: Settings) -> list[Resul
 
     try:
         for name, child in children.items():
-            settings.note(f"set up: {name}")
+            start = time.perf_counter()
             facts[name] = attempt(name, child.set_up)
+            settings.note(f"set up in {time.perf_counter() - start:.1f} s: {name}")
         for i in range(settings.rounds):
             settings.note(f"round {i + 1} of {settings.rounds}")
             for competitor in competitors:

@@ -21,9 +21,10 @@ import numpy as np
 
 from benchmarks.harness import Competitor, Result, Settings, check_same_losses, measure, speed_up, spread
 from benchmarks.machine import use_full_float32
-from benchmarks.mlp import TOLERANCE, Batches
+from benchmarks.mlp import Batches
 from benchmarks.network import flops_per_step, make_jaxdl
 from benchmarks.table import Table, not_run, ratio_cell, time_cell
+from benchmarks.training import TOLERANCE
 
 LOG_EVERY = 50
 AIM, AIM_FROM_S = 0.98, 0.004  # of the bare loop's throughput, for steps of about 5 ms and longer

@@ -38,30 +38,39 @@ def flops_per_step(sizes: Sequence[int], batch_size: int) -> int:
     return 2 * batch_size * (3 * sum(products) - products[0])
 
 
-def make_jaxdl(sizes: Sequence[int]) -> tuple[Any, Any]:
-    """(train step, first state) by jaxdl's own parts."""
+def make_network(sizes: Sequence[int]) -> tuple[Any, Any]:
+    """(loss_fn, params) of jaxdl's MLP."""
     import jax
 
-    from jaxdl import create_state, make_optimizer, make_train_step
     from jaxdl.models import MLP
     from jaxdl.models.apply import make_loss_fn
     from jaxdl.objectives import classification
 
     model = MLP(widths=tuple(sizes[1:-1]), n_outputs=sizes[-1])
-    tx = make_optimizer(
-        "adamw", learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, weight_decay_rules=[(".*", 1.0)]
-    )
     names = [*(f"dense_{i}" for i in range(len(sizes) - 2)), "head"]
     params = {
         name: {"kernel": kernel, "bias": bias}
         for name, (kernel, bias) in zip(names, initial_weights(sizes), strict=True)
     }
-    state = create_state(jax.tree.map(jax.numpy.asarray, params), {}, tx, rng=jax.random.key(0))
-    return make_train_step(make_loss_fn(model, classification(), inputs="features", train=True), tx), state
+    loss_fn = make_loss_fn(model, classification(), inputs="features", train=True)
+    return loss_fn, jax.tree.map(jax.numpy.asarray, params)
 
 
-def make_torch(sizes: Sequence[int], device: str) -> tuple[Any, Any]:
-    """(model, optimizer) by PyTorch: `Linear` and `ReLU`, fused AdamW."""
+def make_jaxdl(sizes: Sequence[int]) -> tuple[Any, Any]:
+    """(train step, first state) by jaxdl's own parts."""
+    import jax
+
+    from jaxdl import create_state, make_optimizer, make_train_step
+
+    loss_fn, params = make_network(sizes)
+    tx = make_optimizer(
+        "adamw", learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, weight_decay_rules=[(".*", 1.0)]
+    )
+    return make_train_step(loss_fn, tx), create_state(params, {}, tx, rng=jax.random.key(0))
+
+
+def make_torch(sizes: Sequence[int]) -> Any:
+    """PyTorch's model: `Linear` and `ReLU`."""
     import torch
 
     layers: list[Any] = []
@@ -71,5 +80,4 @@ def make_torch(sizes: Sequence[int], device: str) -> tuple[Any, Any]:
             layer.weight.copy_(torch.from_numpy(kernel.T))
             layer.bias.copy_(torch.from_numpy(bias))
         layers += [layer, torch.nn.ReLU()]
-    model = torch.nn.Sequential(*layers[:-1]).to(device)
-    return model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    return torch.nn.Sequential(*layers[:-1])

@@ -95,7 +95,11 @@ def run(settings: Settings) -> list[Table]:
     tables = []
     for name, (options, aim, steps) in WORKLOADS.items():
         sizes: dict[str, Any] = {**options, **SIZES}
-        results = measure(competitors("benchmarks.recurrent", sizes, settings, steps=steps, is_mapped=True), settings)
+        bare = "lstm" if name == "LSTM" else None
+        rows = competitors(
+            "benchmarks.recurrent", sizes, settings, steps=steps, is_mapped=True, bare=bare, keras="recurrent"
+        )
+        results = measure(rows, settings)
         title = "{} {n_layers} x {width}, length {length}, batch {batch_size}: one training step".format(name, **SIZES)
         tables.append(table(title, results, flops=flops_per_step(**sizes), aim=aim))
     return tables

@@ -1,6 +1,6 @@
 """Runs the benchmarks and prints their report.
 
-    python -m benchmarks.run                      # everything; about half an hour on two cores
+    python -m benchmarks.run                      # everything; about twenty minutes on two cores
     python -m benchmarks.run mlp --rounds 9       # some of them
     python -m benchmarks.run --rounds 1 --quick   # to see whether they work; the figures mean little
 
@@ -39,20 +39,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(options.rounds, options.quick, note=lambda text: _tell(f"  {text}"))
     started, facts = time.perf_counter(), machine.describe()
     text, found, failed = [_show(to_markdown(facts, settings))], {}, []
+    seconds: dict[str, float] = {}
     for name in options.names or WORKLOADS:
-        _tell(f"{name} ({time.perf_counter() - started:.0f} s so far)")
+        begun = time.perf_counter()
+        _tell(f"{name} ({begun - started:.0f} s so far)")
         try:
             tables = WORKLOADS[name](settings)
         except BenchmarkError as error:
             tables = [Table(name, ["", "not measured"], [["**failed**", str(error)]])]
             failed.append(name)
+        seconds[name] = round(time.perf_counter() - begun, 1)
         text += [_show(table.to_markdown()) for table in tables]
         found[name] = [table.to_json() for table in tables]
+    text.append(_show(took(seconds)))
     facts["took"] = f"{time.perf_counter() - started:.0f} s"
     if options.markdown:
         options.markdown.write_text("\n".join(text), encoding="utf-8")
     if options.json:
-        content = {"machine": facts, "rounds": settings.rounds, "quick": settings.is_quick, "workloads": found}
+        content = {
+            "machine": facts,
+            "rounds": settings.rounds,
+            "quick": settings.is_quick,
+            "seconds": seconds,
+            "workloads": found,
+        }
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _tell(f"took {facts['took']}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
@@ -84,6 +94,17 @@ def to_markdown(facts: Mapping[str, str], settings: Settings) -> str:
     if settings.is_quick or settings.rounds < 7:
         lines += ["", "**A short run to try things out: the figures mean little.**"]
     return "\n".join(lines) + "\n"
+
+
+def took(seconds: Mapping[str, float]) -> str:
+    """How long each workload took, the setting up of its competitors included.
+
+    Example:
+      >>> took({"mlp": 60.0, "gpt": 90.4})
+      'Measuring took 150 s: mlp 60, gpt 90.\\n'
+    """
+    parts = ", ".join(f"{name} {taken:.0f}" for name, taken in seconds.items())
+    return f"Measuring took {sum(seconds.values()):.0f} s: {parts}.\n"
 
 
 def _tell(text: str) -> None:

@@ -1,10 +1,12 @@
 """A whole training step of some network in both libraries: same weights, same batches, same losses; and its table.
 
-A workload subclasses `Jaxdl` and `Torch`, which say what is computed. Batches lie in host memory and are used in turn;
-moving them to the device is in the time. The optimizer is AdamW on every trainable leaf. jaxdl's step also computes
-its metrics and the gradient norm.
+A workload subclasses `Jaxdl` and `Torch`, which say what is computed; `bare_jax` and `keras_models` take weights and
+batches from its `Jaxdl`. Batches lie in host memory and are used in turn; moving them to the device is in the time. The
+optimizer is AdamW on every trainable leaf. jaxdl's step also computes its metrics and the gradient norm, which no other
+does.
 """
 
+import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ TOLERANCE, N_LOSSES = 1e-4, 3
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-2
 EAGER, COMPILED, KEPT = "PyTorch eager", "PyTorch torch.compile", "PyTorch eager, memory kept"
 ONE, PEAK = "jaxdl", "matrix product"
+BARE, KERAS = "bare JAX, by hand", "Keras 3 on JAX, fit"
 # glibc keeps what is freed, so that the large arrays of the next step need no new pages; it helps both libraries.
 MEMORY_KEPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}
 
@@ -38,7 +41,7 @@ class JaxdlParts(NamedTuple):
 
     Attributes:
       loss_fn, params, extra, trainable: as for `make_train_step` and `create_state`.
-      batches: {name: (N_BATCHES, B, ...)}.
+      batches: {name: (N, B, ...)}, used in turn.
     """
 
     loss_fn: Any
@@ -74,41 +77,60 @@ class Jaxdl:
         use_full_float32()
         self.axis_name = "data" if is_mapped else None
         self.parts, self.n, self.done = self.make(**sizes), steps_per_call, 0
-        self.call, self.state = self._make_step()
+        self.call, self.state = self.make_step()
         losses: list[float] = []
         while len(losses) < N_LOSSES:
-            loss = jax.device_get(self._step()["loss"])
-            losses += np.atleast_1d(loss.total / loss.weight).tolist()
-        moments = jax.tree.leaves(self.state.opt_state)
+            losses += self.losses(jax.device_get(self._step()))
+        moments = jax.tree.leaves(getattr(self.state, "opt_state", ()))
         self.facts = {
             "first_losses": losses[:N_LOSSES],
             "optimizer_bytes": sum(leaf.nbytes for leaf in moments),
         }
 
+    sharding: Any = None  # of what a call gets; None where there is one device
     make: Callable[..., JaxdlParts]  # the workload's network, weights and batches, from its sizes
 
-    def _make_step(self) -> tuple[Callable[..., Any], Any]:
+    def make_step(self) -> tuple[Callable[..., Any], Any]:
+        """The function of `(state, batch)` that is timed, and the first state."""
         import jax
         from jax.sharding import NamedSharding
         from jax.sharding import PartitionSpec as P
 
-        from jaxdl import create_state, make_train_step, repeat
+        from jaxdl import repeat
 
-        parts, tx = self.parts, make_adamw()
-        state = create_state(parts.params, parts.extra, tx, rng=jax.random.key(0), trainable=parts.trainable)
-        step = make_train_step(parts.loss_fn, tx, trainable=parts.trainable, axis_name=self.axis_name)
+        step, state = self.make_train_step()
         step, rows = (step, P("data")) if self.n == 1 else (repeat(step, self.n), P(None, "data"))
         if self.axis_name:
             step = jax.shard_map(step, mesh=self.mesh, in_specs=(P(), rows), out_specs=P(), check_vma=False)
-        self.sharding = NamedSharding(self.mesh, rows)
-        return jax.jit(step, donate_argnums=0), jax.device_put(state, NamedSharding(self.mesh, P()))
+        if self.mesh.size > 1:
+            self.sharding = NamedSharding(self.mesh, rows)
+            state = jax.device_put(state, NamedSharding(self.mesh, P()))
+        return jax.jit(step, donate_argnums=0), state
+
+    def make_train_step(self) -> tuple[Callable[..., Any], Any]:
+        """jaxdl's step on one batch, not jitted, and the first state."""
+        import jax
+
+        from jaxdl import create_state, make_train_step
+
+        parts, tx = self.parts, make_adamw()
+        state = create_state(parts.params, parts.extra, tx, rng=jax.random.key(0), trainable=parts.trainable)
+        return make_train_step(parts.loss_fn, tx, trainable=parts.trainable, axis_name=self.axis_name), state
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """What the next call gets: a batch, or one for each of its steps."""
+        """What the next call gets: a batch, or one for each of its steps; a view where they lie side by side."""
+        batches = self.parts.batches
+        n_batches = len(next(iter(batches.values())))
+        first = step % n_batches
         if self.n == 1:
-            return {name: value[step % N_BATCHES] for name, value in self.parts.batches.items()}
-        numbers = (step + np.arange(self.n)) % N_BATCHES
-        return {name: value[numbers] for name, value in self.parts.batches.items()}
+            return {name: value[first] for name, value in batches.items()}
+        side_by_side = slice(first, first + self.n)
+        numbers = side_by_side if first + self.n <= n_batches else (first + np.arange(self.n)) % n_batches
+        return {name: value[numbers] for name, value in batches.items()}
+
+    def losses(self, metrics: Any) -> list[float]:
+        """The mean loss of each step of a call."""
+        return np.atleast_1d(metrics["loss"].total / metrics["loss"].weight).tolist()
 
     def _step(self) -> Any:
         import jax
@@ -153,11 +175,11 @@ class Torch:
         self.loss_fn = torch.compile(loss_fn) if is_compiled else loss_fn
         self.facts = {"first_losses": [self._step().item() for _ in range(N_LOSSES)]}
 
-    # (model on `self.device`, loss of a batch's tensors as keywords, N_BATCHES batches on the host), from the sizes
+    # (model on `self.device`, loss of a batch's tensors as keywords, batches on the host), from the sizes
     make: Callable[..., tuple[Any, Any, list[dict[str, Any]]]]
 
     def _step(self) -> Any:
-        batch = {name: part.to(self.device) for name, part in self.batches[self.done % N_BATCHES].items()}
+        batch = {name: part.to(self.device) for name, part in self.batches[self.done % len(self.batches)].items()}
         loss = self.loss_fn(**batch)
         loss.backward()
         self.optimizer.step()
@@ -211,13 +233,14 @@ def make_adamw() -> Any:
 
 
 def to_torch(batches: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """{name: (N_BATCHES, B, ...)} -> a dict of tensors for each batch; whole numbers become int64."""
+    """{name: (N, B, ...)} -> a dict of tensors for each batch; whole numbers become int64."""
     import torch
 
     def tensor(part: np.ndarray) -> Any:
         return torch.from_numpy(part if part.dtype == np.float32 else part.astype(np.int64))
 
-    return [{name: tensor(part[i]) for name, part in batches.items()} for i in range(N_BATCHES)]
+    n_batches = len(next(iter(batches.values())))
+    return [{name: tensor(part[i]) for name, part in batches.items()} for i in range(n_batches)]
 
 
 def competitors(
@@ -230,6 +253,8 @@ def competitors(
     steps_per_call: int = 1,
     is_mapped: bool = False,
     torch_variants: Mapping[str, Mapping[str, Any]] = {},
+    bare: str | None = None,
+    keras: str | None = None,
 ) -> list[Competitor]:
     """Who is measured in a workload, in the order of the rounds.
 
@@ -241,6 +266,7 @@ def competitors(
       suffix: see `module`.
       steps_per_call, is_mapped: of jaxdl's best form, which has a device a core and MEMORY_KEPT.
       torch_variants: further rows of PyTorch: name -> options.
+      bare, keras: the network's name in `bare_jax` and in `keras_models`; None for no such row.
     """
     round_ = {"steps": steps_per_call if settings.is_quick else steps}
     torch_class, jaxdl_class = f"{module}:Torch{suffix}", f"{module}:Jaxdl{suffix}"
@@ -253,7 +279,24 @@ def competitors(
 
     rows = [row(name, torch_class, options) for name, options in theirs.items()]
     rows[1:1] = [row(ONE, jaxdl_class, {}), row(best_name(best), jaxdl_class, best)]
-    return [*rows, Competitor(PEAK, "benchmarks.machine:Matmul")]
+    return [*rows, *on_jax(jaxdl_class, sizes, round_, bare=bare, keras=keras), PEAK_ROW]
+
+
+def on_jax(
+    like: str, sizes: Mapping[str, Any], round_: Mapping[str, Any], *, bare: str | None, keras: str | None
+) -> list[Competitor]:
+    """The other ways to train on JAX: the step written by hand, and Keras; each takes what `like`, a Jaxdl, does."""
+    rows = []
+    if bare:
+        options = {"like": like, "network": bare, "sizes": sizes}
+        rows.append(Competitor(BARE, "benchmarks.bare_jax:Bare", options, round_))
+    if keras:
+        options = {"like": like, "network": keras, "sizes": sizes}
+        rows.append(Competitor(KERAS, "benchmarks.keras_models:Keras", options, round_))
+    return rows
+
+
+PEAK_ROW = Competitor(PEAK, "benchmarks.machine:Matmul")
 
 
 def best_name(options: Mapping[str, Any]) -> str:
@@ -268,8 +311,17 @@ def best_name(options: Mapping[str, Any]) -> str:
     return f"jaxdl, {options['n_devices']} devices{mapped}{repeated}, memory kept"
 
 
+def load_like(like: str, sizes: Mapping[str, Any]) -> JaxdlParts:
+    """Weights, batches and what moves, of a workload's `Jaxdl`, given as `"module:Class"`, without its step."""
+    module, _, name = like.partition(":")
+    side = getattr(importlib.import_module(module), name)
+    made = side.__new__(side)
+    made.axis_name = None
+    return made.make(**sizes)
+
+
 class Aim(NamedTuple):
-    """Throughput that jaxdl should reach, as a multiple of the faster PyTorch's."""
+    """Throughput that jaxdl should reach, as a multiple of the fastest other library's."""
 
     floor: float
     aim: float
@@ -280,7 +332,7 @@ def table(title: str, results: Sequence[Result], *, flops: float, aim: Aim, tole
 
     Args:
       title: its heading.
-      results: of PyTorch's variants, named "PyTorch ...", of jaxdl's, and of PEAK.
+      results: of jaxdl's variants, named "jaxdl...", of BARE, of PEAK, and of other libraries.
       flops: operations that a step needs.
       aim: floor and aim.
       tolerance: of the first losses.
@@ -289,8 +341,9 @@ def table(title: str, results: Sequence[Result], *, flops: float, aim: Aim, tole
       BenchmarkError: the competitors compute different losses.
     """
     peak, rows = next(r for r in results if r.name == PEAK), [r for r in results if r.name != PEAK]
+    ours, bare = [r for r in rows if r.name.startswith(ONE)], [r for r in rows if r.name == BARE]
     difference = check_same_losses(rows, tolerance)
-    best = fastest([result for result in rows if result.name.startswith("PyTorch")])
+    best = fastest([result for result in rows if result not in ours + bare])
     made = Table(
         title, ["", "time of a step", f"speed against {best.name}", "GFLOP/s", "of the peak"], results=list(results)
     )
@@ -298,7 +351,8 @@ def table(title: str, results: Sequence[Result], *, flops: float, aim: Aim, tole
     made.notes = [
         f"Peak: {1 / peak.median_s / 1e9:.0f} GFLOP/s (XLA, float32 product of two matrices of 1536 x 1536, same "
         f"rounds). First losses agree to {difference:.0e} (allowed {tolerance:.0e}).",
-        verdict([result for result in rows if not result.name.startswith("PyTorch")], best, aim),
+        verdict(ours, best, aim),
+        *(against_bare(ours, result) for result in bare),
     ]
     return made
 
@@ -319,9 +373,15 @@ def step_rows(results: Sequence[Result], best: Result, flops: float, peak_s: flo
 def verdict(ours: Sequence[Result], best: Result, aim: Aim) -> str:
     """How the variants stand to floor and aim, in words."""
     if best.failure:
-        return "Floor and aim: not judged, PyTorch did not run."
+        return "Floor and aim: not judged, no other library ran."
     judged = [f"{result.name}: {_word(speed_up(result, best), aim)}" for result in ours]
-    return f"Floor {aim.floor}, aim {aim.aim} times the faster PyTorch. {'; '.join(judged)}."
+    return f"Floor {aim.floor}, aim {aim.aim} times the fastest other library. {'; '.join(judged)}."
+
+
+def against_bare(ours: Sequence[Result], bare: Result) -> str:
+    """What jaxdl costs, or gains, over the step that was written by hand, in words."""
+    ratios = [f"{result.name} {ratio_cell(speed_up(result, bare))}" for result in ours]
+    return f"Speed against the step written by hand in bare JAX: {', '.join(ratios)}."
 
 
 def _word(ratio: Spread | None, aim: Aim) -> str:

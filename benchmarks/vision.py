@@ -151,9 +151,9 @@ def resnet_flops(width: int, norm: str, size: int, n_channels: int, batch_size: 
 
 def run_cnn(settings: Settings) -> list[Table]:
     """The table of the small CNN."""
-    rows = competitors(
-        "benchmarks.vision", CNN, settings, steps=CNN_STEPS, suffix="CNN", steps_per_call=CNN_CALL, torch_variants=LAST
-    )
+    call: Any = {"steps": CNN_STEPS, "steps_per_call": CNN_CALL}
+    networks: Any = {"bare": "cnn", "keras": "cnn"}
+    rows = competitors("benchmarks.vision", CNN, settings, suffix="CNN", torch_variants=LAST, **call, **networks)
     title = "CNN {features}, {size}x{size}x{n_channels}, batch {batch_size}: one training step".format(**CNN)
     return [table(title, measure(rows, settings), flops=cnn_flops(**CNN), aim=Aim(1.0, 1.25))]
 

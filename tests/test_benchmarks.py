@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import loop_overhead, mlp, network, run, start_up
+from benchmarks import bare_jax, loop_overhead, mlp, network, run, start_up, training
 from benchmarks.harness import (
     BenchmarkError,
     Child,
@@ -189,15 +189,19 @@ def test_flops_are_those_of_the_compiled_products():
     assert expected <= compiled.cost_analysis()["flops"] <= 1.1 * expected
 
 
-def test_chunks_are_the_batches_and_the_rows_of_the_dataset():
+def test_batches_are_rows_of_the_dataset_and_calls_get_them_in_turn():
     batches = mlp.Batches((6, 2), 4)
-    chunk = batches.chunk(mlp.N_BATCHES + 50, 3)
-    for i in range(3):
-        one = batches[50 + i]
-        for name, whole in (("features", batches.features), ("label", batches.label)):
-            np.testing.assert_array_equal(chunk[name][i], one[name])
-            np.testing.assert_array_equal(one[name], whole[batches.rows[50 + i]])
     assert sorted(batches.rows.ravel()) == list(range(4 * mlp.N_BATCHES))
+    side = mlp.Jaxdl.__new__(mlp.Jaxdl)
+    side.parts, side.n = training.JaxdlParts(None, None, batches.batched), 3
+    for first in (50, mlp.N_BATCHES + 50, mlp.N_BATCHES - 1):  # the last goes over the end
+        chunk = side.batch(first)
+        for i in range(3):
+            one = batches[first + i]
+            for name, whole in (("features", batches.features), ("label", batches.label)):
+                np.testing.assert_array_equal(chunk[name][i], one[name])
+                np.testing.assert_array_equal(one[name], whole[batches.rows[(first + i) % mlp.N_BATCHES]])
+    assert np.shares_memory(side.batch(50)["features"], batches.batched["features"])
 
 
 @pytest.fixture(scope="module")
@@ -209,14 +213,21 @@ def step_losses():
 def test_all_ways_to_call_the_step_do_the_same_maths(mode, guarded, step_losses):
     other = mlp.Jaxdl(mode, (8, 4, 3), 4, guarded)
     np.testing.assert_allclose(other.facts["first_losses"], step_losses, rtol=1e-5)
-    assert len(step_losses) == mlp.N_LOSSES
+    assert len(step_losses) == training.N_LOSSES
     assert other.round(mlp.STEPS_PER_CALL) > 0
     assert int(other.state.step) == other.done
 
 
 def test_pytorch_does_the_same_maths(step_losses):
     pytest.importorskip("torch")
-    np.testing.assert_allclose(mlp.Torch(False, (8, 4, 3), 4).facts["first_losses"], step_losses, rtol=1e-5)
+    theirs = mlp.Torch(is_compiled=False, sizes=(8, 4, 3), batch_size=4)
+    np.testing.assert_allclose(theirs.facts["first_losses"], step_losses, rtol=1e-5)
+
+
+def test_the_step_written_by_hand_does_the_same_maths(step_losses):
+    with jax.numpy_rank_promotion("allow"):
+        by_hand = bare_jax.Bare("benchmarks.mlp:Jaxdl", "mlp", {"sizes": (8, 4, 3), "batch_size": 4})
+    np.testing.assert_allclose(by_hand.facts["first_losses"], step_losses, rtol=1e-5)
 
 
 def test_fit_is_held_between_rounds_and_does_the_same_maths_as_the_bare_loop(tmp_path):
@@ -247,11 +258,11 @@ def test_a_failure_inside_fit_reaches_the_harness(tmp_path):
 def test_verdicts():
     best = Result("PyTorch eager", (3.0, 3.0, 3.0))
     ours = [Result("a", (2.0, 2.0, 2.0)), Result("b", (2.4, 2.4, 2.4)), Result("c", (3.0, 3.0, 3.0))]
-    text = mlp.verdict(ours, best)
+    text = training.verdict(ours, best, training.Aim(1.2, 1.45))
     assert "a: aim reached (1.50)" in text
     assert "b: above the floor (1.25)" in text
     assert "c: below the floor (1.00)" in text
-    assert "not judged" in mlp.verdict(ours, Result("PyTorch eager", failure="no"))
+    assert "not judged" in training.verdict(ours, Result("PyTorch eager", failure="no"), training.Aim(1.0, 2.0))
     assert loop_overhead.verdict("5 ms", 0.005, 0.98).endswith("reached.")
     assert loop_overhead.verdict("5 ms", 0.005, 0.979).endswith("missed.")
     assert loop_overhead.verdict("1 ms", 0.001, 0.5).endswith("without an aim.")
@@ -300,12 +311,16 @@ def test_run_refuses_what_it_does_not_know(arguments, capsys):
 
 
 def test_without_pytorch_the_table_says_so_and_holds_the_rest():
-    ours = (mlp.STEPS, mlp.GUARDED, mlp.REPEAT, mlp.RESIDENT, mlp.HOST_STEPS, mlp.HOST_REPEAT)
-    results = {name: Result(name, (0.001,), {"first_losses": [2.0]}) for name in ours}
-    results |= {name: Result(name, failure="no torch") for name in (mlp.EAGER, mlp.COMPILED)}
-    text = mlp._table({**results, mlp.PEAK: Result(mlp.PEAK, (1e-12,))}).to_markdown()
+    ours = (mlp.STEPS, mlp.GUARDED, mlp.REPEAT, mlp.RESIDENT)
+    results = [Result(name, (0.001,), {"first_losses": [2.0]}) for name in ours]
+    results += [Result(name, failure="no torch") for name in (training.EAGER, training.COMPILED)]
+    results.append(Result(training.BARE, (0.002,), {"first_losses": [2.0]}))
+    results.append(Result(training.PEAK, (1e-12,)))
+    host = [Result(name, (1e-4,)) for name in (mlp.HOST_STEPS, mlp.HOST_REPEAT)]
+    text = mlp.to_table(results, *host).to_markdown()
     assert text.count("**not run** (no torch)") == 2
     # 2 * 128 * (3 * 668672 - 401408) operations in 1 ms
     assert f"| {mlp.STEPS} | 1.00 ms (1.00 .. 1.00) | - | 411 | 41 % |" in text
     assert "Peak: 1000 GFLOP/s" in text
     assert "not judged" in text
+    assert f"written by hand in bare JAX: {mlp.STEPS} 2.00 (2.00 .. 2.00), " in text

@@ -1,12 +1,13 @@
 """Training benchmarks: both libraries compute the same at small sizes, and the operations are counted right."""
 
+import functools
 import math
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import bert, bert_flops, generation, gpt, recurrent, run, training, vision
+from benchmarks import bare_jax, bert, bert_flops, generation, gpt, recurrent, run, training, vision
 from benchmarks.harness import BenchmarkError, Competitor, Result, Settings, measure
 
 pytest.importorskip("torch")
@@ -39,6 +40,50 @@ def test_both_libraries_compute_the_same_losses(name):
     assert mine.round(steps=1) > 0
     assert other.round(steps=1) > 0
     assert int(mine.state.step) == mine.done == training.N_LOSSES + 1
+
+
+@functools.cache
+def our_losses(name):
+    ours, _, sizes = SIDES[name]
+    return ours(**sizes).facts["first_losses"]
+
+
+@pytest.mark.parametrize(("name", "network"), {"cnn": "cnn", "lstm": "lstm", "gpt": "gpt", "last": "bert"}.items())
+def test_the_step_written_by_hand_computes_the_same_losses(name, network):
+    ours, _, sizes = SIDES[name]
+    with jax.numpy_rank_promotion("allow"):
+        by_hand = bare_jax.Bare(f"{ours.__module__}:{ours.__name__}", network, sizes)
+        assert by_hand.round(steps=1) > 0
+    np.testing.assert_allclose(by_hand.facts["first_losses"], our_losses(name), rtol=1e-5)
+    moving, _ = by_hand.state
+    assert ("head/kernel" in moving) == (name != "gpt")
+    assert "embed/norm/scale" not in moving
+
+
+@pytest.mark.parametrize(("name", "network"), {"cnn": "cnn", "gru": "recurrent", "bidirectional": "recurrent"}.items())
+def test_keras_computes_the_same_losses(name, network, tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))  # else it writes to the home folder
+    from benchmarks.keras_models import Keras  # sets the backend
+
+    pytest.importorskip("keras")
+    ours, _, sizes = SIDES[name]
+    with jax.numpy_rank_promotion("allow"):
+        theirs = Keras(f"{ours.__module__}:{ours.__name__}", network, sizes)
+        assert theirs.round(steps=1) > 0
+    # Keras's LSTM has one bias where the others have two, which both move.
+    np.testing.assert_allclose(theirs.facts["first_losses"], our_losses(name), rtol=5e-5)
+
+
+def test_the_trainer_computes_the_same_losses_and_is_held_between_rounds(tmp_path):
+    pytest.importorskip("accelerate")
+    from benchmarks.trainer import Trainer
+
+    _, theirs, sizes = SIDES["full"]
+    inside = Trainer(directory=str(tmp_path), **sizes)
+    assert inside.facts["first_losses"] == theirs(**sizes).facts["first_losses"]
+    assert inside.round(steps=2) > 0
+    assert inside.arrived.empty()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("module", ["recurrent", "gpt"])
