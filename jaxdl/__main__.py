@@ -3,6 +3,7 @@
 python -m jaxdl verify-parity FOLDER
 python -m jaxdl diff A B
 python -m jaxdl plan --config FILE --topology v5e:16x16
+python -m jaxdl profile --config FILE --steps 10
 python -m jaxdl launch -n 4 -- python -m experiments.classify_images --config FILE
 """
 
@@ -52,10 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     diff.set_defaults(run=_diff)
     _add_launch(commands)
     commands.add_parser("plan", help="what a run would do on devices that are not here", add_help=False)
+    commands.add_parser("profile", help="where the time of a step goes", add_help=False)
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         if given[:1] == ["plan"]:  # its flags are also those of the experiment
             return _plan(given[1:])
+        if given[:1] == ["profile"]:
+            return _profile(given[1:])
         words = parser.parse_args(given)
         code: int = words.run(words)
         return code
@@ -105,6 +109,12 @@ def _launch(words: argparse.Namespace) -> int:
 
 def _plan(words: Sequence[str]) -> int:
     from jaxdl.plan.command import run
+
+    return run(words)
+
+
+def _profile(words: Sequence[str]) -> int:
+    from jaxdl.profile.command import run
 
     return run(words)
 

@@ -101,6 +101,16 @@ class Compiled:
         self.compile_s = time.perf_counter() - start
         self.is_cached = _counts[_HITS] > hits and _counts[_MISSES] == misses
 
+    @property
+    def jitted(self) -> Any:
+        """The function under `jax.jit`, as it is compiled."""
+        return self._jitted
+
+    @property
+    def executable(self) -> Any:
+        """JAX's compiled program, None before the first call."""
+        return self._executable
+
     def moved(self, device: Any) -> "Compiled | None":
         """The same machine code on another device, see `parallel.portable`; None where that cannot be."""
         from jaxdl.parallel.portable import move

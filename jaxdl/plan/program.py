@@ -82,6 +82,16 @@ def shape_bytes(text: str, *, is_on_chip_free: bool = False) -> int:
     return bits // 8
 
 
+def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Dtype and sizes of each array of a shape.
+
+    Example:
+      >>> arrays("(f32[2,3]{1,0}, s32[])")
+      [('f32', (2, 3)), ('s32', ())]
+    """
+    return [(dtype, tuple(int(n) for n in sizes.split(",") if n)) for dtype, sizes, _ in _ARRAY.findall(text)]
+
+
 def parse(text: str) -> Program:
     """Reads the text of a compiled program.
 
@@ -180,11 +190,12 @@ def traffic(program: Program) -> int:
     total = 0
     for name, one, times in walk(program, into_fusions=False):
         if one.opcode not in _FREE:
-            total += times * _touched(program, program.computations[name], one)
+            total += times * touched(program, program.computations[name], one)
     return total
 
 
-def _touched(program: Program, computation: list[Instruction], one: Instruction) -> int:
+def touched(program: Program, computation: list[Instruction], one: Instruction) -> int:
+    """Bytes that one instruction reads and writes: those of a slice where it takes or changes a slice only."""
     sizes = {other.name: other.in_memory for other in computation}
     operands = [sizes.get(name, 0) for name in one.operands]
     if one.opcode in ("dynamic-slice", "gather", "slice"):

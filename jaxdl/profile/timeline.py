@@ -1,0 +1,206 @@
+"""Whose time it was: at every moment of a step, the operations that a device works on share that moment."""
+
+import bisect
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxdl.profile.trace import Event, Key, ProfileError, Trace
+
+HOST, INPUT_WAIT, IDLE = "host", "input wait", "idle"
+
+
+class Segment(NamedTuple):
+    """A stretch in which a lane worked on one operation and nothing inside of it."""
+
+    start: float
+    end: float
+    key: Key
+    run: int
+
+
+@dataclass
+class Shares:
+    """Where the time of a number of calls went, in nanoseconds on one device (the mean of all).
+
+    Attributes:
+      operations: each operation's own time.
+      counts: how often it began, on one device.
+      idle: `HOST`: between two runs of a program while Python was not waiting for a batch, `INPUT_WAIT`: while it was,
+        `IDLE`: within a run, between operations.
+      calls: nanoseconds from the start of a call to that of the next, on every device.
+      n_devices: that worked.
+    """
+
+    operations: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
+    counts: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
+    idle: dict[str, float] = field(default_factory=lambda: {HOST: 0.0, INPUT_WAIT: 0.0, IDLE: 0.0})
+    calls: list[float] = field(default_factory=list)
+    n_devices: int = 0
+
+    @property
+    def total(self) -> float:
+        """Nanoseconds of all calls: of the operations and idle together."""
+        return sum(self.operations.values()) + sum(self.idle.values())
+
+
+def shares(trace: Trace, n_calls: int, is_container: Callable[[Key], bool]) -> Shares:
+    """Divides the time of `n_calls` calls among operations.
+
+    A trace of one call more is needed: time goes from the start of the first call to the start of the last.
+
+    Args:
+      trace: of `n_calls + 1` calls.
+      n_calls: at least 1.
+      is_container: whether an operation only runs others, as a loop does; it counts where none of them runs.
+
+    Raises:
+      ProfileError: the trace shows no operations.
+    """
+    by_device: dict[int, list[Event]] = defaultdict(list)
+    for event in trace.events:
+        by_device[event.device].append(event)
+    if not by_device:
+        raise ProfileError(
+            "the trace has no events of operations. On a CPU take it with a host_tracer_level of 1 or more and without "
+            "--xla_cpu_enable_xprof_traceme=false in XLA_FLAGS; on a GPU CUPTI must be installed and allowed to trace."
+        )
+    made = Shares(n_devices=len(by_device))
+    for events in by_device.values():
+        _add_device(made, events, trace.waits, n_calls, is_container)
+    for counted in (made.operations, made.counts):
+        for key in counted:
+            counted[key] /= made.n_devices
+    made.idle = {name: time / made.n_devices for name, time in made.idle.items()}
+    return made
+
+
+def _add_device(
+    made: Shares,
+    events: Sequence[Event],
+    waits: Sequence[tuple[float, float]],
+    n_calls: int,
+    is_container: Callable[[Key], bool],
+) -> None:
+    bounds = boundaries(events, n_calls + 1)
+    made.calls += [b - a for a, b in itertools.pairwise(bounds)]
+    first, last = bounds[0], bounds[-1]
+    for event in events:
+        if first <= event.start < last and not event.is_task:
+            made.counts[event.key] += 1
+    lanes: dict[str, list[Event]] = defaultdict(list)
+    for event in events:
+        lanes[event.lane].append(event)
+    segments = [segment for lane in lanes.values() for segment in own_segments(lane, bounds)]
+    for start, end, keys, runs in moments(segments, first, last):
+        if keys:
+            busy = [key for key in keys if not is_container(key)] or keys
+            for key in busy:
+                made.operations[key] += (end - start) / len(busy)
+        elif runs[0] == runs[1]:
+            made.idle[IDLE] += end - start
+        else:
+            waited = _overlap(waits, start, end)
+            made.idle[INPUT_WAIT] += waited
+            made.idle[HOST] += end - start - waited
+
+
+def boundaries(events: Sequence[Event], n_calls: int) -> list[float]:
+    """The start of each call: where the earliest operation starts that there is exactly once a call.
+
+    Raises:
+      ProfileError: there is none, so that the trace is not of so many calls.
+
+    Example:
+      >>> events = [Event(0, "a", start, start + 1.0, Key("m", name)) for start, name in ((0, "x"), (5, "y"), (9, "x"))]
+      >>> boundaries(events, 2)
+      [0, 9]
+    """
+    starts: dict[Key, list[float]] = defaultdict(list)
+    for event in events:
+        if not event.is_task:
+            starts[event.key].append(event.start)
+    once = [found for found in starts.values() if len(found) == n_calls]
+    if not once:
+        raise ProfileError(
+            f"no operation is in the trace once for each of {n_calls} calls: events were lost; trace fewer steps."
+        )
+    return sorted(min(once, key=min))
+
+
+def own_segments(events: Sequence[Event], bounds: Sequence[float]) -> list[Segment]:
+    """The stretches of one lane that belong to the innermost event there.
+
+    Args:
+      events: of one lane; one may lie inside another.
+      bounds: starts of calls, which number the runs of events that have none.
+
+    Example:
+      >>> loop, body = Key("m", "while"), Key("m", "dot")
+      >>> events = [Event(0, "a", 0.0, 10.0, loop, 7), Event(0, "a", 2.0, 5.0, body, 7)]
+      >>> [(segment.start, segment.end, segment.key.name) for segment in own_segments(events, [0.0])]
+      [(0.0, 2.0, 'while'), (2.0, 5.0, 'dot'), (5.0, 10.0, 'while')]
+    """
+    made: list[Segment] = []
+    stack: list[tuple[float, Key, int]] = []
+    now = float("-inf")
+
+    def up_to(time: float) -> None:
+        nonlocal now
+        while stack and now < time:
+            end, key, run = stack[-1]
+            stop = min(end, time)
+            if stop > now:
+                made.append(Segment(now, stop, key, run))
+                now = stop
+            if end <= time:
+                stack.pop()
+        now = max(now, time)
+
+    for event in sorted(events, key=lambda event: (event.start, -event.end)):
+        up_to(event.start)
+        run = bisect.bisect_right(bounds, event.start) if event.run is None else event.run
+        end = event.end if not stack else min(event.end, stack[-1][0])
+        stack.append((end, event.key, run))
+    up_to(float("inf"))
+    return made
+
+
+def moments(
+    segments: Sequence[Segment], first: float, last: float
+) -> list[tuple[float, float, list[Key], tuple[int | None, int | None]]]:
+    """Cuts the time from `first` to `last` where any lane changes: (start, end, operations at work, runs around).
+
+    The runs are those of the last segment that has begun and of the next one; they matter where nothing is at work.
+    """
+    changes: list[tuple[float, int, int]] = []
+    for i, segment in enumerate(segments):
+        start, end = max(segment.start, first), min(segment.end, last)
+        if start < end:
+            changes += [(start, 1, i), (end, 0, i)]
+    changes.sort()
+    made: list[tuple[float, float, list[Key], tuple[int | None, int | None]]] = []
+    active: dict[int, Key] = {}
+    now, run = first, None
+    for time, is_start, i in [*changes, (last, 0, -1)]:
+        if time > now:
+            following = segments[i].run if is_start else None
+            made.append((now, time, list(active.values()), (run, following)))
+            now = time
+        if is_start:
+            active[i], run = segments[i].key, segments[i].run
+        else:
+            active.pop(i, None)
+    return made
+
+
+def _overlap(spans: Sequence[tuple[float, float]], start: float, end: float) -> float:
+    """How much of start .. end lies in sorted spans that do not overlap."""
+    total = 0.0
+    for a, b in spans[max(0, bisect.bisect_left(spans, (start, start)) - 1) :]:
+        if a >= end:
+            break
+        total += max(0.0, min(b, end) - max(a, start))
+    return total
