@@ -1,7 +1,8 @@
 """Measures competitors side by side: each in a process of its own, kept alive, and only one at work at any time.
 
 A competitor is a class. Its constructor sets up and warms up; `round(**arguments)` does one timed round and returns the
-seconds that one unit of work took; `facts`, if there is one, is a dict that JSON can hold (such as the first losses).
+seconds that one unit of work took, or a dict of them and of other figures of the round; `facts`, if there is one, is a
+dict that JSON can hold (such as the first losses).
 The rounds are interleaved, A B A B, so that a machine that gets slower gets slower for all.
 """
 
@@ -68,17 +69,28 @@ class Result:
       seconds: of one unit of work, one entry a round.
       facts: what the competitor told after its set-up.
       failure: why there are no figures, else None.
+      rounds: what each round returned, where that was a dict; `seconds` are its "seconds".
     """
 
     name: str
     seconds: tuple[float, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
+    rounds: tuple[Mapping[str, float], ...] = ()
 
     @property
     def median_s(self) -> float:
         """Median of the rounds; infinite where it failed."""
         return math.inf if self.failure else statistics.median(self.seconds)
+
+    def figures(self, name: str) -> list[float]:
+        """One of the figures of each round.
+
+        Example:
+          >>> Result("a", (1.0,), rounds=({"seconds": 1.0, "stall_s": 0.25},)).figures("stall_s")
+          [0.25]
+        """
+        return [figures[name] for figures in self.rounds]
 
 
 class Spread(NamedTuple):
@@ -215,7 +227,7 @@ def measure(competitors: Sequence[Competitor], settings: Settings) -> list[Resul
     """
     children = {competitor.name: Child(competitor) for competitor in competitors}
     facts: dict[str, Any] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in children}
+    told: dict[str, list[Any]] = {name: [] for name in children}
     failures: dict[str, str] = {}
 
     def attempt(name: str, work: Callable[[], Any]) -> Any:
@@ -234,17 +246,22 @@ def measure(competitors: Sequence[Competitor], settings: Settings) -> list[Resul
             settings.note(f"round {i + 1} of {settings.rounds}")
             for competitor in competitors:
                 if competitor.name not in failures:
-                    _time(competitor, children[competitor.name], seconds[competitor.name], attempt)
+                    _time(competitor, children[competitor.name], told[competitor.name], attempt)
     finally:
         for child in children.values():
             child.__exit__()
     return [
-        Result(name, failure=failures[name]) if name in failures else Result(name, tuple(seconds[name]), facts[name])
+        Result(name, failure=failures[name]) if name in failures else _to_result(name, told[name], facts[name])
         for name in children
     ]
 
 
-def _time(competitor: Competitor, child: Child, seconds: list[float], attempt: Any) -> None:
+def _time(competitor: Competitor, child: Child, told: list[Any], attempt: Any) -> None:
     taken = attempt(competitor.name, lambda: child.call("round", **competitor.arguments))
     if taken is not None:
-        seconds.append(taken)
+        told.append(taken)
+
+
+def _to_result(name: str, told: Sequence[Any], facts: Mapping[str, Any]) -> Result:
+    rounds = tuple(figures for figures in told if isinstance(figures, dict))
+    return Result(name, tuple(figures["seconds"] for figures in rounds) or tuple(told), facts, rounds=rounds)

@@ -1,84 +1,219 @@
-"""Rows a second of the input pipeline over arrays in memory: what a batch costs the host before any training."""
+"""Rows a second of input pipelines over arrays in memory: what a batch costs the host before any training.
 
+Every loader shuffles the same source, which jaxdl, PyTorch and Grain all take as it is, with the same transforms; that
+each row comes once in the first epoch is checked. A core's rate is the rows over the processor time that reading them
+took, in all threads and workers.
+
+Dimensions: `T` time.
+"""
+
+import itertools
+import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Competitor, Settings, measure, spread
+from benchmarks.harness import BenchmarkError, Competitor, Result, Settings, measure, spread
 from benchmarks.table import Table, not_run, time_cell
 
-N_ROWS, BATCH_SIZE = 20_000, 128
-# name -> (shape of an image, crop and flip it, batches of a round)
+BATCH_SIZE = 128
+LENGTH, DOCUMENT_TOKENS = 256, (20, 200)
+# name -> (source, rows, transforms, batches of a round: of jaxdl's gather, of those that go row by row)
 WORKLOADS = {
-    "28x28x1 uint8, gather": ((28, 28, 1), False, 2000),
-    "28x28x1 uint8, crop and flip": ((28, 28, 1), True, 60),
-    "32x32x3 uint8, gather": ((32, 32, 3), False, 2000),
-    "32x32x3 uint8, crop and flip": ((32, 32, 3), True, 60),
+    "32x32x3 uint8": ("images", 160 * BATCH_SIZE, False, (5000, 160)),
+    "32x32x3 uint8, crop and flip": ("images", 160 * BATCH_SIZE, True, (160, 160)),
+    f"documents packed to {LENGTH} tokens": ("text", 40 * BATCH_SIZE, False, (200, 200)),
 }
 
 
-class Reader:
-    """Reads batches with shuffled rows, in the foreground or through `prefetch`; a unit of work is one row."""
+def make_source(kind: str, n_rows: int) -> Any:
+    """`images`: "image" uint8 and "label"; `text`: documents of random lengths, packed side by side."""
+    from jaxdl.data import ArraySource
+    from jaxdl.data.text import PackedDocuments, TokenStream
 
-    def __init__(self, shape: list[int], is_augmented: bool, is_ahead: bool) -> None:
-        from jaxdl.data import ArraySource, Pipeline
-        from jaxdl.data.augment import random_crop, random_flip
+    rng = np.random.default_rng(0)
+    if kind == "images":
+        image = rng.integers(0, 256, (n_rows, 32, 32, 3), dtype=np.uint8)
+        return ArraySource({"image": image, "label": np.arange(n_rows, dtype=np.int32)})
+    n_documents = n_rows * LENGTH // DOCUMENT_TOKENS[0]
+    starts = np.concatenate([[0], np.cumsum(rng.integers(*DOCUMENT_TOKENS, n_documents))])
+    starts = starts[: np.searchsorted(starts, n_rows * LENGTH)]
+    ids = rng.integers(1, 30_000, starts[-1], dtype=np.uint16)
+    return Sized(PackedDocuments(TokenStream(ids, starts), LENGTH, pad_id=0))
 
-        rng = np.random.default_rng(0)
-        source = ArraySource(
-            {
-                "image": rng.integers(0, 256, (N_ROWS, *shape), dtype=np.uint8),
-                "label": rng.integers(0, 10, N_ROWS, dtype=np.int32),
-            }
+
+class Sized:
+    """The rows of a packed source, cut to whole batches: `[row]` and `take`."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source) // BATCH_SIZE * BATCH_SIZE
+
+    def __getitem__(self, row: int) -> Any:
+        return self.source[row]
+
+    def take(self, rows: np.ndarray) -> Any:
+        return self.source.take(rows)
+
+
+def make_transforms(is_augmented: bool) -> list[Any]:
+    """`(example, rng) -> example`: a crop after padding by 4, and a flip."""
+    from jaxdl.data.augment import random_crop, random_flip
+
+    return [random_crop(4), random_flip()] if is_augmented else []
+
+
+class _Reader:
+    """Reads batches one after the other, over and over; a unit of work is one row."""
+
+    def __init__(self, source: str, n_rows: int, is_augmented: bool, **options: Any) -> None:
+        data = make_source(source, n_rows)
+        self.batches = self.open(data, make_transforms(is_augmented), **options)
+        key, n_batches = "label" if source == "images" else "tokens", len(data) // BATCH_SIZE
+        epoch = [next(self.batches)[key] for _ in range(n_batches)]
+        self.facts = {"checksum": sum(int(np.asarray(part).astype(np.int64).sum()) for part in epoch)}
+
+    open: Callable[..., Iterator[Any]]  # (source, transforms, **options) -> batches without end, epoch after epoch
+
+    def round(self, batches: int) -> dict[str, float]:
+        """Seconds of a row, and processor seconds of a row, over consecutive batches."""
+        start, cpu = time.perf_counter(), cpu_seconds()
+        for batch in itertools.islice(self.batches, batches):
+            if len(next(iter(batch.values()))) != BATCH_SIZE:
+                raise RuntimeError(f"a batch has not {BATCH_SIZE} rows")
+        n_rows = batches * BATCH_SIZE
+        return {
+            "seconds": (time.perf_counter() - start) / n_rows,
+            "cpu_s": (cpu_seconds() - cpu) / n_rows,
+        }
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and, where `psutil` is there, of the workers that it has started."""
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        return time.process_time()
+    workers = [child.cpu_times() for child in psutil.Process(os.getpid()).children(recursive=True)]
+    return time.process_time() + sum(times.user + times.system for times in workers)
+
+
+class Jaxdl(_Reader):
+    """`jaxdl.data.Pipeline`, in the foreground or through `prefetch`."""
+
+    def open(self, source: Any, transforms: Sequence[Any], is_ahead: bool = False) -> Iterator[Any]:
+        from jaxdl.data import Pipeline, prefetch
+
+        data = Pipeline(source, batch_size=BATCH_SIZE, transforms=tuple(transforms))
+        if is_ahead:
+            return iter(prefetch(data, 0, 10**9))
+        return (data[step] for step in itertools.count())
+
+
+class Torch(_Reader):
+    """`torch.utils.data.DataLoader` with its own shuffling and collation."""
+
+    def open(self, source: Any, transforms: Sequence[Any], n_workers: int) -> Iterator[Any]:
+        import torch
+
+        loader: Any = torch.utils.data.DataLoader(
+            Transformed(source, transforms),
+            batch_size=BATCH_SIZE,
+            shuffle=True,
+            num_workers=n_workers,
+            persistent_workers=n_workers > 0,
         )
-        transforms = (random_crop(shape[0] // 8), random_flip()) if is_augmented else ()
-        self.data = Pipeline(source, batch_size=BATCH_SIZE, transforms=transforms)
-        self.is_ahead, self.done = is_ahead, 0
+        return itertools.chain.from_iterable(itertools.repeat(loader))
 
-    def round(self, batches: int) -> float:
-        """Seconds of a row, over consecutive batches; the first few are not timed."""
-        self._read(max(2, batches // 10))
-        start = time.perf_counter()
-        self._read(batches)
-        return (time.perf_counter() - start) / (batches * BATCH_SIZE)
 
-    def _read(self, batches: int) -> None:
-        from jaxdl.data import prefetch
+class Transformed:
+    """A source whose rows go through transforms as they are read, as a PyTorch `Dataset` does it.
 
-        first, self.done = self.done, self.done + batches
-        window: Any = range(first, self.done)
-        read = prefetch(self.data, first, self.done) if self.is_ahead else (self.data[step] for step in window)
-        n_rows = sum(len(batch["label"]) for batch in read)
-        if n_rows != batches * BATCH_SIZE:
-            raise RuntimeError(f"{n_rows} rows were read, not {batches * BATCH_SIZE}")
+    PyTorch takes no views that run backwards, which a flip gives.
+    """
+
+    def __init__(self, source: Any, transforms: Sequence[Any]) -> None:
+        self.source, self.transforms, self.rng = source, transforms, np.random.default_rng()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> Any:
+        example = self.source[row]
+        for transform in self.transforms:
+            example = transform(example, self.rng)
+        return {name: np.ascontiguousarray(value) for name, value in example.items()} if self.transforms else example
+
+
+class Grain(_Reader):
+    """`grain.MapDataset` of batches, read ahead by threads; its default of 16 threads is slower on a few cores."""
+
+    def open(self, source: Any, transforms: Sequence[Any], n_threads: int) -> Iterator[Any]:
+        import grain
+
+        rows = grain.MapDataset.source(source).seed(0).shuffle().repeat()
+        for transform in transforms:
+            rows = rows.random_map(transform)
+        options = grain.ReadOptions(num_threads=n_threads, prefetch_buffer_size=2 * n_threads)
+        return iter(rows.batch(BATCH_SIZE, drop_remainder=True).to_iter_dataset(options))
+
+
+SIDES: dict[str, tuple[str, dict[str, Any]]] = {
+    "jaxdl": ("Jaxdl", {}),
+    "jaxdl, prefetch": ("Jaxdl", {"is_ahead": True}),
+    "PyTorch DataLoader": ("Torch", {"n_workers": 0}),
+    "PyTorch DataLoader, 2 workers": ("Torch", {"n_workers": 2}),
+    "Grain, 2 threads": ("Grain", {"n_threads": 2}),
+}
 
 
 def run(settings: Settings) -> list[Table]:
-    """One table, a line for each workload with and without `prefetch`."""
-    competitors = [
-        Competitor(
-            f"{name}{', prefetch' if is_ahead else ''}",
-            "benchmarks.input_pipeline:Reader",
-            {"shape": shape, "is_augmented": is_augmented, "is_ahead": is_ahead},
-            {"batches": max(5, batches // 10) if settings.is_quick else batches},
-        )
-        for name, (shape, is_augmented, batches) in WORKLOADS.items()
-        for is_ahead in (False, True)
-    ]
-    results = measure(competitors, settings)
-    table = Table(
-        f"Input pipeline: {N_ROWS:,} rows in memory, batches of {BATCH_SIZE}",
-        ["", "rows a second", "time of a batch"],
-        results=results,
-        notes=["The consumer does nothing, so `prefetch` shows what handing a batch over costs, not what it hides."],
+    """One table, a row for each workload and loader."""
+    made = Table(
+        f"Input pipeline: rows in memory, shuffled, batches of {BATCH_SIZE}",
+        ["", "rows a second", "rows a second a core", "time of a batch"],
+        notes=[
+            "The consumer does nothing, so `prefetch` and workers show what handing a batch over costs, not what they "
+            "hide. All loaders read the same source; PyTorch and Grain take it row by row."
+        ],
     )
-    for result in results:
-        if result.failure:
-            table.rows.append(not_run(result.name, result.failure, 3))
-            continue
-        rates = spread([1 / seconds for seconds in result.seconds])
-        batch = spread([BATCH_SIZE * seconds for seconds in result.seconds])
-        rate = f"{rates.median:,.0f} ({rates.low:,.0f} .. {rates.high:,.0f})"
-        table.rows.append([result.name, rate, time_cell(batch)])
-    return [table]
+    for name, (source, n_rows, is_augmented, batches) in WORKLOADS.items():
+        options = {"source": source, "n_rows": n_rows, "is_augmented": is_augmented}
+        rows = []
+        for side, (class_name, more) in SIDES.items():
+            n = batches[class_name != "Jaxdl"]
+            round_ = {"batches": max(5, n // 10) if settings.is_quick else n}
+            rows.append(Competitor(side, f"benchmarks.input_pipeline:{class_name}", {**options, **more}, round_))
+        results = measure(rows, settings)
+        check_same_rows(results)
+        made.rows += [to_row(f"{name}: {result.name}", result) for result in results]
+        made.results = [*made.results, *results]
+    return [made]
+
+
+def check_same_rows(results: Sequence[Result]) -> None:
+    """Asserts that the first epochs of all that ran held the same rows.
+
+    Raises:
+      BenchmarkError: they did not.
+    """
+    told = {result.name: result.facts["checksum"] for result in results if not result.failure}
+    if len(set(told.values())) > 1:
+        raise BenchmarkError(f"the loaders read other rows, by the sums of an epoch: {told}.")
+
+
+def to_row(name: str, result: Result) -> list[str]:
+    """The cells of one loader."""
+    if result.failure:
+        return not_run(name, result.failure, 4)
+    batch = spread([BATCH_SIZE * seconds for seconds in result.seconds])
+    return [name, _rates(result.seconds), _rates(result.figures("cpu_s")), time_cell(batch)]
+
+
+def _rates(seconds: Sequence[float]) -> str:
+    rates = spread([1 / value for value in seconds])
+    return f"{rates.median:,.0f} ({rates.low:,.0f} .. {rates.high:,.0f})"

@@ -15,7 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bert, generation, gpt, input_pipeline, loop_overhead, machine, mlp, recurrent, start_up, vision
+from benchmarks import (
+    bert,
+    checkpoint,
+    generation,
+    gpt,
+    input_pipeline,
+    loop_overhead,
+    machine,
+    mlp,
+    recurrent,
+    start_up,
+    vision,
+)
 from benchmarks.harness import BenchmarkError, Settings
 from benchmarks.table import Table
 
@@ -30,6 +42,7 @@ WORKLOADS = {
     "loop_overhead": loop_overhead.run,
     "start_up": start_up.run,
     "input_pipeline": input_pipeline.run,
+    "checkpoint": checkpoint.run,
 }
 
 

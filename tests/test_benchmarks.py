@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bare_jax, loop_overhead, mlp, network, run, start_up, training
+from benchmarks import bare_jax, checkpoint, input_pipeline, loop_overhead, mlp, network, run, start_up, training
 from benchmarks.harness import (
     BenchmarkError,
     Child,
@@ -52,6 +53,14 @@ class Clock:
 class Broken:
     def __init__(self) -> None:
         raise ModuleNotFoundError("No module named 'torch'")
+
+
+class Figures:
+    n = 0
+
+    def round(self) -> dict[str, float]:
+        self.n += 1
+        return {"seconds": float(self.n), "stall_s": self.n / 2}
 
 
 class Fragile:
@@ -301,6 +310,55 @@ def test_run_writes_what_it_prints_and_fails_where_a_benchmark_does(tmp_path, mo
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["workloads"]["works"][0]["results"][0]["seconds"] == [1.0]
     assert run.main(["works"]) == 0
+
+
+@pytest.mark.parametrize("side", ["Jaxdl", "Orbax", "Torch"])
+def test_checkpoints_are_read_back_and_only_ours_notices_a_flipped_byte(side, tmp_path):
+    if side == "Torch":
+        pytest.importorskip("torch")
+    saves = getattr(checkpoint, side)(str(tmp_path), 40_000, leaf=(50, 100))
+    assert saves.facts["bytes"] == 40_000
+    assert saves.facts["flipped_byte"] in {"refused"} if side == "Jaxdl" else {"refused", "not noticed", "harmless"}
+    figures = saves.round()
+    assert 0 < figures["stall_s"] <= figures["seconds"]
+    assert figures["restore_s"] > 0
+    assert [path.name for path in saves.directory.iterdir()] == []
+
+
+def test_a_checkpoint_that_takes_a_flipped_byte_for_sound_is_an_error():
+    figures = {"seconds": 2.0, "stall_s": 0.5, "restore_s": 1.0}
+    facts = {"bytes": 10**8, "flipped_byte": "not noticed"}
+    theirs = Result(checkpoint.TORCH, (2.0,), facts, rounds=(figures,))
+    one = "500 ms (500 .. 500)", "2.00 s (2.00 .. 2.00)", "50", "1.00 s (1.00 .. 1.00)", "100", "not noticed"
+    assert checkpoint.to_row("a", theirs) == ["a", *one]
+    with pytest.raises(BenchmarkError, match="flipped byte was not noticed"):
+        checkpoint.to_row("a", Result(checkpoint.OURS, (2.0,), facts, rounds=(figures,)))
+
+
+@pytest.mark.parametrize("workload", input_pipeline.WORKLOADS)
+def test_all_loaders_read_the_same_rows(workload):
+    source, _, is_augmented, _ = input_pipeline.WORKLOADS[workload]
+    results = []
+    for name, (side, options) in input_pipeline.SIDES.items():
+        if side == "Torch" and (options["n_workers"] or not find_spec("torch")):
+            continue  # workers are processes: `make bench` has them
+        reads = getattr(input_pipeline, side)(source, 2 * input_pipeline.BATCH_SIZE, is_augmented, **options)
+        figures = reads.round(batches=1)
+        assert figures["seconds"] > 0
+        assert figures["cpu_s"] > 0
+        results.append(Result(name, (1.0,), reads.facts, rounds=(figures,)))
+    input_pipeline.check_same_rows(results)
+    assert len(results) >= 3
+    assert len(input_pipeline.to_row("a", results[0])) == 4
+    with pytest.raises(BenchmarkError, match="read other rows"):
+        input_pipeline.check_same_rows([*results, Result("other", (1.0,), {"checksum": 1})])
+
+
+def test_a_round_can_have_several_figures(tmp_path):
+    rows = [Competitor("a", "test_benchmarks:Figures", environment=HERE)]
+    (result,) = measure(rows, Settings(rounds=2))
+    assert result.seconds == (1.0, 2.0)
+    assert result.figures("stall_s") == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], ["mlp", "--rounds", "0"]])
