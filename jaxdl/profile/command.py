@@ -188,6 +188,10 @@ def profiled_loop(steps: int, folder: Path) -> type:
 
             self.feed.start = start_and_show  # type: ignore[method-assign]
 
+        def run(self, stop: Any) -> Any:
+            result = super().run(stop)
+            raise ProfileError(f"{result.stopped_by or 'the loop'} ended the run before {steps} steps were traced.")
+
         def _resume(self) -> int:
             return int(self.state.step)
 

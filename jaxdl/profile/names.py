@@ -56,7 +56,8 @@ def short_name(op_name: str) -> str:
             is_in_loop = True
         elif not (is_function or is_network or name in _MADE_BY_JAX or name.startswith("_") or name in _TRANSFORMS):
             module, _, method = name.partition(".")
-            if not (method and kept[-1:] == [module]):  # Flax says module.method behind the module
+            is_said = kept[-1:] == [name] or (method and kept[-1:] == [module])  # Flax: module/module.method
+            if not is_said and "->" not in name:
                 kept.append(name)
     return "/".join([*kept, _unwrap(last)[0]])
 

@@ -214,14 +214,14 @@ def make_profile(
     peaks = peaks or peaks_of(devices[0], len(devices))
     divided = shares(trace, recorder.n_calls, lambda key: find(programs, key).is_container)
     kinds, parts, rows = tables(divided, programs, recorder.n_calls * recorder.steps_per_call, peaks)
-    n_rows, n_tokens = _sizes(batch)
+    n_rows, n_tokens = sizes_of(batch)
     return StepProfile(
         device=devices[0].device_kind,
-        n_devices=divided.n_devices,
+        n_devices=len(devices),
         steps=recorder.n_calls * recorder.steps_per_call,
         step_s=[time / recorder.steps_per_call / 1e9 for time in divided.calls],
         plain_s=recorder.plain_s,
-        flops=counted(rows, divided.n_devices) if flops is None else flops,
+        flops=counted(rows, len(devices)) if flops is None else flops,
         rows=n_rows,
         tokens=n_tokens,
         peaks=peaks,
@@ -233,7 +233,7 @@ def make_profile(
     )
 
 
-def _sizes(batch: Any) -> tuple[int | None, int | None]:
+def sizes_of(batch: Any) -> tuple[int | None, int | None]:
     """Rows and tokens of a batch: its first axis, and the size of what is called tokens."""
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
     rows = next((shape[0] for shape in shapes if shape), None)
