@@ -1,4 +1,4 @@
-"""Measures competitors side by side: each in a process of its own, kept alive, and only one at work at any time.
+"""Measures competitors side by side: each in a process of its own, kept alive, and in a round only one at work.
 
 A competitor is a class. Its constructor sets up and warms up; `round(**arguments)` does one timed round and returns the
 seconds that one unit of work took, or a dict of them and of other figures of the round; `facts`, if there is one, is a
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +35,13 @@ class Settings:
       rounds: timed rounds of each competitor.
       is_quick: short rounds, to try the benchmarks out; the figures mean little.
       note: is told what is going on.
+      n_set_ups: competitors that are set up at a time. On a GPU one: compilers try out there what is fastest.
     """
 
     rounds: int = 7
     is_quick: bool = False
     note: Callable[[str], object] = lambda text: None
+    n_set_ups: int = 1
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class Child:
 
 
 def measure(competitors: Sequence[Competitor], settings: Settings) -> list[Result]:
-    """Sets all competitors up, one after the other, and then times them in turn.
+    """Sets all competitors up and then times them in turn, one at a time.
 
     Returns:
       A result for each competitor, in their order; one that failed says why and the others go on.
@@ -237,11 +240,14 @@ def measure(competitors: Sequence[Competitor], settings: Settings) -> list[Resul
             settings.note(f"{name}: {error}")
             failures[name] = str(error)
 
+    def set_up(name: str, child: Child) -> None:
+        start = time.perf_counter()
+        facts[name] = attempt(name, child.set_up)
+        settings.note(f"set up in {time.perf_counter() - start:.1f} s: {name}")
+
     try:
-        for name, child in children.items():
-            start = time.perf_counter()
-            facts[name] = attempt(name, child.set_up)
-            settings.note(f"set up in {time.perf_counter() - start:.1f} s: {name}")
+        with ThreadPoolExecutor(settings.n_set_ups) as pool:
+            list(pool.map(set_up, children, children.values()))
         for i in range(settings.rounds):
             settings.note(f"round {i + 1} of {settings.rounds}")
             for competitor in competitors:

@@ -120,8 +120,9 @@ class Torch(_Reader):
     def open(self, source: Any, transforms: Sequence[Any], n_workers: int) -> Iterator[Any]:
         import torch
 
+        rows: Any = Transformed(source, transforms)
         loader: Any = torch.utils.data.DataLoader(
-            Transformed(source, transforms),
+            rows,
             batch_size=BATCH_SIZE,
             shuffle=True,
             num_workers=n_workers,

@@ -93,7 +93,7 @@ HOST_STEPS, HOST_REPEAT = "host only, one call a step", "host only, repeat"
 
 def run(settings: Settings) -> list[Table]:
     """Measures everything in one go."""
-    round_ = {"steps": 2 * STEPS_PER_CALL if settings.is_quick else 6 * STEPS_PER_CALL}
+    round_ = {"steps": 2 * STEPS_PER_CALL if settings.is_quick else 4 * STEPS_PER_CALL}
     sizes = {"sizes": SIZES, "batch_size": BATCH_SIZE}
     tiny = {"sizes": [1] * len(SIZES), "batch_size": 1}
     like = "benchmarks.mlp:Jaxdl"

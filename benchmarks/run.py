@@ -49,8 +49,9 @@ WORKLOADS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 where all workloads asked for were measured."""
     options = _parse(arguments)
-    settings = Settings(options.rounds, options.quick, note=lambda text: _tell(f"  {text}"))
     started, facts = time.perf_counter(), machine.describe()
+    n_set_ups = machine.n_cores() if "cpu" in facts.get("devices", "cpu") else 1
+    settings = Settings(options.rounds, options.quick, note=lambda text: _tell(f"  {text}"), n_set_ups=n_set_ups)
     text, found, failed = [_show(to_markdown(facts, settings))], {}, []
     seconds: dict[str, float] = {}
     for name in options.names or WORKLOADS:
