@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,27 +15,20 @@ from jaxdl.early_stopping import EarlyStopping, Patience
 from jaxdl.errors import JaxdlError
 from jaxdl.evaluation import Evaluator
 from jaxdl.feed import Feed, make_feed
+from jaxdl.fit_checks import check_fit, mesh_problems, virtual_shard_problems
+from jaxdl.fit_output import Output, headline
 from jaxdl.losses import LossFn
 from jaxdl.parallel import processes, watchdog
-from jaxdl.parallel.exact import ExactStep, exact_problems, replica
+from jaxdl.parallel.exact import ExactStep, replica
 from jaxdl.parallel.mesh import put
 from jaxdl.parallel.presets import REPLICATED
-from jaxdl.parallel.runners import unused_axes
 from jaxdl.parallel.sharding import state_shardings
 from jaxdl.paths import Rules
 from jaxdl.signals import StopFlag
 from jaxdl.state import TrainState
 from jaxdl.step import Step
-from jaxdl.steplog import NonFiniteStep, Row, StepLog
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A trace for TensorBoard or Perfetto of the steps `start .. start + n_steps` of this process."""
-
-    directory: Path
-    start: int = 10
-    n_steps: int = 10
+from jaxdl.steplog import NonFiniteStep, StepLog
+from jaxdl.trace import Profile, Trace
 
 
 @dataclass
@@ -135,11 +127,19 @@ def fit(
     """
     shardings = None if mesh is None else state_shardings(sharding, state, mesh)
     problems = (
-        _mesh_problems(mesh, shardings, data)
+        mesh_problems(mesh, shardings, data)
         if exact_shards is None
-        else _exact_problems(exact_shards, train_step, mesh, data, steps_per_call, is_resident)
+        else virtual_shard_problems(exact_shards, train_step, mesh, data, steps_per_call, is_resident)
     )
-    _check_fit(steps, eval_every, checkpoint_every, log_every, steps_per_call, stop_at, problems)
+    counts = {
+        "steps": steps,
+        "eval_every": eval_every,
+        "checkpoint_every": checkpoint_every,
+        "log_every": log_every,
+        "steps_per_call": steps_per_call,
+        "stop_at": stop_at,
+    }
+    check_fit(counts, problems)
     feed = make_feed(
         train_step,
         data,
@@ -150,6 +150,7 @@ def fit(
         exact_shards=exact_shards,
     )
     state = state if resumed is None else resumed.state
+    output = Output(list(writers), progress, data.batch_size / data.n_rows)
     loop = _Loop(
         state=state if mesh is None else jax.tree.map(put, state, shardings),
         feed=feed,
@@ -160,72 +161,17 @@ def fit(
         eval_every=eval_every or steps,
         store=store,
         checkpoint_every=checkpoint_every or steps,
-        writers=list(writers),
+        output=output,
         log=StepLog(log_every, feed.packing),
         trainable=getattr(train_step, "trainable", None),
-        progress=progress,
         patience=Patience(early_stopping),
         is_exact=exact_shards is not None,
-        profile=profile,
+        trace=Trace(profile, output.note),
         stop_at=steps if stop_at is None else min(stop_at, steps),
         resumed=resumed,
     )
     with StopFlag() as stop:
         return loop.run(stop)
-
-
-def _check_fit(
-    steps: int,
-    eval_every: int | None,
-    checkpoint_every: int | None,
-    log_every: int,
-    steps_per_call: int,
-    stop_at: int | None,
-    more: list[str],
-) -> None:
-    counts = {
-        "steps": steps,
-        "eval_every": eval_every,
-        "checkpoint_every": checkpoint_every,
-        "log_every": log_every,
-        "steps_per_call": steps_per_call,
-        "stop_at": stop_at,
-    }
-    problems = [f"{name}={n} must be at least 1." for name, n in counts.items() if n is not None and n < 1]
-    for name, n in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
-        if n is not None and 1 <= n < steps_per_call:
-            problems.append(f"steps_per_call={steps_per_call} is more than {name}={n}; use at most {n}.")
-    problems += more
-    if problems:
-        raise JaxdlError.listing("fit", problems)
-
-
-def _mesh_problems(mesh: Any, shardings: Any, data: Any) -> list[str]:
-    problems = []
-    n_shards = 1 if mesh is None else mesh.shape.get("data", 1)
-    unused = [] if mesh is None else unused_axes(mesh, shardings)
-    if unused:
-        problems.append(
-            f"the mesh has the axes {mesh.axis_names} and nothing lies over {', '.join(map(repr, unused))}: its "
-            "devices would do the same work twice. A batch lies over 'data' and 'sequence'; give rules for the others."
-        )
-    if data.batch_size % n_shards:
-        problems.append(
-            f"batch_size={data.batch_size} does not divide over {n_shards} devices on axis 'data'; use a multiple."
-        )
-    return problems
-
-
-def _exact_problems(
-    n_shards: int, step: Step, mesh: Any, data: Any, steps_per_call: int, is_resident: bool | None
-) -> list[str]:
-    microbatches = step.halves.microbatches if hasattr(step, "halves") else 1
-    problems = exact_problems(n_shards, 1 if mesh is None else mesh.size, {"a batch": data.batch_size}, microbatches)
-    if steps_per_call > 1:
-        problems.append(f"steps_per_call={steps_per_call} must be 1 in exact mode, whose step is several programs.")
-    if is_resident:
-        problems.append("is_resident=True must be False or None in exact mode, which cuts batches on the host.")
-    return problems
 
 
 @dataclass
@@ -239,19 +185,16 @@ class _Loop:
     eval_every: int
     store: Any
     checkpoint_every: int
-    writers: list[Any]
+    output: Output
     log: StepLog
     trainable: Rules | None
-    progress: Any
     patience: Patience
     is_exact: bool
-    profile: Profile | None
+    trace: Trace
     stop_at: int
     resumed: Any
     timing: Timing = field(default_factory=Timing)
     evaluations: dict[str, Any] = field(default_factory=dict)
-    is_tracing: bool = False
-    is_traced: bool = False
     saved_step: int = -1
     evaluated_step: int = -1
 
@@ -265,7 +208,7 @@ class _Loop:
             while step < self.stop_at and not stopped_by:
                 n = self.feed.chunk(self._boundary(step) - step)
                 watchdog.enter(f"step {step + 1}")
-                self._trace(step - first)
+                self.trace.at(step - first, self.state)
                 self.state, vectors = self.feed.call(self.state, step, n)
                 if step == first:
                     self._first_step(self.feed.program(n), start)
@@ -291,21 +234,19 @@ class _Loop:
             processes.agree("the newest checkpoint", max(self.store.steps(), default=None), "all must see one folder.")
         if self.resumed is None and (self.store is None or not self.store.steps()):
             for step, reason in ({} if self.store is None else self.store.damaged()).items():
-                self._note(f"checkpoint {step} is not whole ({reason}); starting from the beginning")
-            for writer in self.writers:
-                writer.resume(0)
+                self.output.note(f"checkpoint {step} is not whole ({reason}); starting from the beginning")
+            self.output.resume(0)
             return int(self.state.step)
-        restored = self.resumed or self.store.restore(self.state, on_note=self._note)
+        restored = self.resumed or self.store.restore(self.state, on_note=self.output.note)
         step, saved = restored.step, restored.metadata
         self.log.from_json(saved.get("log"))
         self.patience.from_json(saved.get("patience"))
         self.saved_step = step
         self.evaluated_step = step if saved.get("is_evaluated") else -1
-        for writer in self.writers:
-            writer.resume(step)
+        self.output.resume(step)
         if self.resumed is None:
             self.state = restored.state
-            self._note(f"resumed from the checkpoint of step {step}")
+            self.output.note(f"resumed from the checkpoint of step {step}")
         return step
 
     def _catch_up(self, step: int, stop: StopFlag) -> str | None:
@@ -322,7 +263,7 @@ class _Loop:
         self.timing.first_step_s = time.perf_counter() - start
         self.timing.compile_s, self.timing.is_cached = compiled.compile_s or 0.0, compiled.is_cached
         source = "read from the compile cache" if compiled.is_cached else "compiled"
-        self._note(f"{self.feed.description}; step {source} in {self.timing.compile_s:.1f} s")
+        self.output.note(f"{self.feed.description}; step {source} in {self.timing.compile_s:.1f} s")
 
     def _check_gradient(self, vectors: jax.Array) -> None:
         """Of the very first step of the run, which has ended."""
@@ -331,10 +272,9 @@ class _Loop:
             raise zero_gradient.explain(metrics, self.state, self.loss_fn, self.data[0], self.trainable)
 
     def _after(self, step: int, n: int, stop: StopFlag) -> str | None:
-        if self.progress is not None:
-            self.progress.update(step)
+        self.output.progress_to(step)
         if step // self.log.every > (step - n) // self.log.every:
-            self._write(self.log.drain(before=step - self.log.every))
+            self.output.write(self.log.drain(before=step - self.log.every))
         stopped_by = None
         if step % self.eval_every == 0 and step < self.steps:
             stopped_by = self._evaluate(step, stop)
@@ -345,12 +285,12 @@ class _Loop:
         return stopped_by
 
     def _finish(self, step: int, stopped_by: str | None, stop: StopFlag) -> str | None:
-        self._write(self.log.drain())
+        self.output.write(self.log.drain())
         is_end = self.stop_at == self.steps
         if stopped_by is None and is_end:
             stopped_by = self._evaluate(step, stop)
         if stopped_by == "early stopping" or (stopped_by is None and is_end):
-            self._write(self.log.close_row(step))
+            self.output.write(self.log.close_row(step))
         if self.store is not None:
             if self.saved_step != step:
                 self._save(step)
@@ -358,7 +298,7 @@ class _Loop:
         return stopped_by
 
     def _evaluate(self, step: int, stop: StopFlag) -> str | None:
-        self._write(self.log.drain())
+        self.output.write(self.log.drain())
         watchdog.enter(f"the evaluation after step {step}")
         start, found = time.perf_counter(), {}
         state = replica(self.state) if self.is_exact else self.state
@@ -369,14 +309,14 @@ class _Loop:
             found.update({f"{name}/{key}": value for key, value in result.items()})
         self.timing.eval_s += time.perf_counter() - start
         self.evaluations, self.evaluated_step = found, step
-        self._emit(step, metrics_lib.scalars(found))
-        self._note(f"step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in _headline(found).items()))
+        self.output.emit(step, metrics_lib.scalars(found))
+        self.output.note(f"step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in headline(found).items()))
         return "early stopping" if self.patience.is_over(found) and step < self.steps else None
 
     def _save(self, step: int) -> None:
         if self.store is None:
             return
-        self._write(self.log.drain())
+        self.output.write(self.log.drain())
         watchdog.enter(f"the save of step {step}")
         metadata = self._metadata(step)
         scores = metrics_lib.scalars(self.evaluations) if metadata["is_evaluated"] else None
@@ -402,37 +342,6 @@ class _Loop:
             nonfinite.check(held, self.loss_fn, self.data[bad.step], self.data.rows(bad.step))
         raise nonfinite.NonFiniteError(f"{what}; the state before it is kept.")
 
-    def _write(self, rows: list[Row]) -> None:
-        for step, sums in rows:
-            gauges = {name for name, value in sums.items() if not isinstance(value, metrics_lib.METRICS)}
-            done = metrics_lib.scalars(metrics_lib.finish(sums))
-            self._emit(step, {name if name in gauges else f"train/{name}": value for name, value in done.items()})
-
-    def _emit(self, step: int, scalars: Mapping[str, float]) -> None:
-        row = {"epoch": step * self.data.batch_size / self.data.n_rows, **scalars}
-        for writer in self.writers:
-            writer.write(step, row)
-            writer.flush()
-        if self.progress is not None:
-            self.progress.update(step, _headline(scalars))
-
-    def _trace(self, n_done: int) -> None:
-        """Starts and stops the trace at the first call at or after its steps."""
-        if self.profile is None or self.is_traced:
-            return
-        if not self.is_tracing and n_done >= self.profile.start:
-            jax.profiler.start_trace(str(self.profile.directory))
-            self.is_tracing = True
-        elif self.is_tracing and n_done >= self.profile.start + self.profile.n_steps:
-            self._stop_trace()
-
-    def _stop_trace(self) -> None:
-        if self.profile is not None and self.is_tracing:
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
-            self.is_tracing, self.is_traced = False, True
-            self._note(f"profiler trace written to {self.profile.directory}")
-
     def _timed(self, name: str, call: Callable[[], Any]) -> None:
         start = time.perf_counter()
         call()
@@ -444,19 +353,7 @@ class _Loop:
         timing.train_s = max(seconds - timing.first_step_s - timing.eval_s - timing.save_s, 1e-9)
         timing.examples_per_s = max(n_steps - 1, 0) * self.data.batch_size / timing.train_s
 
-    def _note(self, text: str) -> None:
-        if self.progress is not None:
-            self.progress.note(text)
-
     def _close(self) -> None:
-        self._stop_trace()
+        self.trace.stop(self.state)
         self.feed.close()
-        for writer in self.writers:
-            writer.flush()
-        if self.progress is not None:
-            self.progress.close()
-
-
-def _headline(scalars: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics without the parts of composite ones, such as `test/confusion/f1`."""
-    return {name: value for name, value in metrics_lib.scalars(scalars).items() if name.count("/") < 2}
+        self.output.close()
