@@ -354,18 +354,18 @@ def product(w, x):
 
 
 def test_a_matrix_product_has_its_operations_and_most_of_the_time():
-    x = jnp.ones((384, 384))
+    x = jnp.ones((512, 512))
     made = profile_step(jax.jit(product), x, [x], steps=4, peaks=PEAKS)
     longest = made.operations[0]
-    assert (longest.kind, longest.flops, longest.calls) == ("products", 2 * 384**3, 1)
-    assert longest.n_bytes == 3 * 4 * 384**2
-    assert dict(made.flops) == {"float32": 2 * 384**3}
-    assert made.share_of_peak == pytest.approx(2 * 384**3 / 1e12 / made.plain_s)
+    assert (longest.kind, longest.flops, longest.calls) == ("products", 2 * 512**3, 1)
+    assert longest.n_bytes == 3 * 4 * 512**2
+    assert dict(made.flops) == {"float32": 2 * 512**3}
+    assert made.share_of_peak == pytest.approx(2 * 512**3 / 1e12 / made.plain_s)
     assert made.kinds["products"] == max(made.kinds[kind] for kind in list(made.kinds)[:6])
     assert len(made.step_s) == made.steps == 4
     assert sum(made.kinds.values()) == pytest.approx(np.mean(made.step_s))
     assert sum(row.seconds for row in made.operations) == pytest.approx(sum(list(made.kinds.values())[:6]))
-    assert json.loads(made.to_json())["operations"][0]["flops"] == 2 * 384**3
+    assert json.loads(made.to_json())["operations"][0]["flops"] == 2 * 512**3
     assert "sum: a step in the trace, mean" in str(made)
 
 

@@ -23,7 +23,8 @@ from jaxdl.config.flags import split_flags
 from jaxdl.parallel.exact import ExactStep
 from jaxdl.paths import nearest
 from jaxdl.plan.flops import of_jaxpr
-from jaxdl.profile.recording import Recorder, claim_folder, make_profile, naming_failure, waited
+from jaxdl.profile.folder import claim_folder
+from jaxdl.profile.recording import Recorder, make_profile, naming_failure, waited
 from jaxdl.profile.result import StepProfile
 from jaxdl.profile.trace import ProfileError, read
 

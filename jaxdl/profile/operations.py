@@ -122,7 +122,14 @@ def _served(program: Program, computation: str, one: Instruction, depth: int = 4
 
 
 def _stem(one: Instruction) -> str:
-    return re.sub(r"\.\d+$", "", one.name)
+    """The name that XLA gave, without numbers and what says that it is a fusion.
+
+    Example:
+      >>> text = "HloModule m\\nENTRY %e () -> f32[] {\\n  ROOT %wrapped_copy_fusion.3 = f32[] constant(0)\\n}"
+      >>> _stem(parse(text).computations["e"][0])
+      'copy'
+    """
+    return re.sub(r"^wrapped_|(_fusion)?(\.\d+)?(\.clone)?$", "", one.name) or one.name
 
 
 def _for(served: str) -> str:

@@ -2,8 +2,6 @@
 
 import contextlib
 import itertools
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 
 from jaxdl.errors import JaxdlError
 from jaxdl.plan.flops import of_jaxpr
+from jaxdl.profile.folder import trace_folder
 from jaxdl.profile.operations import Operation, read_operations
 from jaxdl.profile.peaks import Peaks, peaks_of
 from jaxdl.profile.result import StepProfile, counted, find, tables
@@ -138,24 +137,17 @@ def profile_step(
       >>> import jax.numpy as jnp
       >>> step = jax.jit(lambda w, x: (w - 0.1 * x.T @ (x @ w), {}))
       >>> told = profile_step(step, jnp.ones((8, 4)), [jnp.ones((16, 8))], steps=2, peaks=Peaks({"": 1e9}, 1e9, ""))
-      >>> dict(told.flops), told.rows, max(told.kinds, key=told.kinds.get) in told.kinds
+      >>> dict(told.flops), told.rows, told.kinds["products"] > 0
       ({'float32': 2048.0}, 16, True)
     """
-    problems = [f"{name}={n} must be at least 1." for name, n in _counts(steps, steps_per_call) if n < 1]
-    kept = list(batches) if isinstance(batches, (list, tuple)) else None
-    endless = iter(batches) if kept is None else itertools.cycle(kept)
-    first = next(endless, None)
-    if first is None:
-        problems.append("there are no batches; give one at least.")
-    if problems:
-        raise JaxdlError.listing("profile", problems)
+    first, following = _checked(batches, steps, steps_per_call)
     jitted = step_fn if hasattr(step_fn, "trace") else jax.jit(step_fn)
     with trace_folder(folder) as where, naming_failure():
         traced = jitted.trace(state, first)
         text = traced.lower().compile().as_text() or ""
         recorder = Recorder(steps, where, lambda: jax.block_until_ready(state), steps_per_call=steps_per_call)
         try:
-            for batch in waited(itertools.chain([first], endless)):
+            for batch in waited(following):
                 if recorder.before_call():
                     break
                 state = jitted(state, batch)[0]
@@ -175,8 +167,17 @@ def profile_step(
         )
 
 
-def _counts(steps: int, steps_per_call: int) -> Iterator[tuple[str, int]]:
-    yield from {"steps": steps, "steps_per_call": steps_per_call}.items()
+def _checked(batches: Iterable[Any], steps: int, steps_per_call: int) -> tuple[Any, Iterator[Any]]:
+    """The first batch, and all of them from the first one on."""
+    counts = {"steps": steps, "steps_per_call": steps_per_call}
+    problems = [f"{name}={n} must be at least 1." for name, n in counts.items() if n < 1]
+    following = itertools.cycle(batches) if isinstance(batches, (list, tuple)) else iter(batches)
+    first = next(following, None)
+    if first is None:
+        problems.append("there are no batches; give one at least.")
+    if problems:
+        raise JaxdlError.listing("profile", problems)
+    return first, itertools.chain([first], following)
 
 
 def _devices(tree: Any) -> list[Any]:
@@ -251,41 +252,3 @@ def naming_failure() -> Iterator[None]:
     except Exception as error:
         said = (str(error).strip() or "no reason given").splitlines()[0]
         raise ProfileError(f"the step failed: {type(error).__name__}: {said}") from error
-
-
-# ---- the folder ----
-
-_MARK = ".jaxdl-profile"
-
-
-@contextlib.contextmanager
-def trace_folder(folder: str | Path | None) -> Iterator[Path]:
-    """An empty folder for a trace: a profile that lies there is replaced; None is a temporary one.
-
-    Raises:
-      JaxdlError: it holds something else, or cannot be written.
-    """
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="jaxdl-profile-") as made:
-            yield Path(made)
-        return
-    yield claim_folder(Path(folder))
-
-
-def claim_folder(folder: Path) -> Path:
-    """Makes a folder for a profile, or empties that of an earlier one.
-
-    Raises:
-      JaxdlError: as for `trace_folder`.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise JaxdlError(f"{folder} is a file; a profile needs a folder. Choose another, or remove it.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARK).exists():
-        raise JaxdlError(f"{folder} exists and is no profile: it has no {_MARK}. Choose another folder, or remove it.")
-    try:
-        shutil.rmtree(folder / "plugins", ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _MARK).touch()
-    except OSError as error:
-        raise JaxdlError(f"the folder {folder} cannot be written: {error.strerror}; choose another.") from None
-    return folder

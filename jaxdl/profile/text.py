@@ -18,7 +18,7 @@ _MEANS = {
     IDLE: "within a program, no operation runs",
 }
 _PARTS = {"forward": "forward", "backward": "backward", "again": "forward again (remat)", "rest": "update and the rest"}
-_WIDEST = 52
+_WIDEST = 56
 
 
 def page(profile: StepProfile) -> str:
@@ -92,14 +92,13 @@ def shortened(path: str, widest: int = _WIDEST) -> str:
       >>> shortened("encoder/block_3/attention/query/dot_general", 34)
       'encoder/.../query/dot_general'
     """
-    parts = path.split("/")
-    while len("/".join(parts)) > widest and len(parts) > 3:
-        middle = [part for part in parts[1:-1] if part != "..."]
-        if not middle:
-            break
-        parts = [parts[0], "...", *middle[1:], parts[-1]]
-    text = "/".join(parts)
-    return text if len(text) <= widest else f"...{text[3 - widest :]}"
+    made_for, _, place = path.rpartition(" for ")
+    first = f"{made_for} for " if made_for else ""
+    parts = place.split("/")
+    while len(first + "/".join(parts)) > widest and len([part for part in parts if part != "..."]) > 2:
+        parts = [parts[0], "...", *[part for part in parts[1:-1] if part != "..."][1:], parts[-1]]
+    text = first + "/".join(parts)
+    return text if len(text) <= widest else f"{text[: widest - 3]}..."
 
 
 def _trace(profile: StepProfile) -> str:

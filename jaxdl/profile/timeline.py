@@ -64,8 +64,9 @@ def shares(trace: Trace, n_calls: int, is_container: Callable[[Key], bool]) -> S
         by_device[event.device].append(event)
     if not by_device:
         raise ProfileError(
-            "the trace has no events of operations. On a CPU take it with a host_tracer_level of 1 or more and without "
-            "--xla_cpu_enable_xprof_traceme=false in XLA_FLAGS; on a GPU CUPTI must be installed and allowed to trace."
+            "the trace has no events of operations. On a CPU take it with a host_tracer_level of 1 or more; some "
+            "versions of JAX need XLA_FLAGS=--xla_cpu_enable_xprof_traceme=true, too. On a GPU CUPTI must be there and "
+            "allowed to trace (NVIDIA's ERR_NVGPUCTRPERM says how)."
         )
     made = Shares(n_devices=len(by_device))
     for events in by_device.values():
