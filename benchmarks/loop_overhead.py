@@ -69,11 +69,15 @@ class Bare:
 
 
 class InMemory:
-    """The same batches as `fit` takes them."""
+    """The same batches as `fit` takes them; with `is_resident`, it keeps their rows on the device."""
 
-    def __init__(self, sizes: Sequence[int], batch_size: int) -> None:
+    def __init__(self, sizes: Sequence[int], batch_size: int, is_resident: bool = False) -> None:
         self.batches, self.batch_size = Batches(sizes, batch_size), batch_size
         self.n_rows = self.batches.rows.size
+        if is_resident:
+            from jaxdl.data import ArraySource
+
+            self.source = ArraySource({"features": self.batches.features, "label": self.batches.label})
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.batches[step]
@@ -88,13 +92,29 @@ class Fit:
     A round lasts from the moment it is let go until the state after its last update is finished. `fit` saves after it
     evaluates, so each round begins with a checkpoint, and its writing competes with the steps of the round. The first
     interval, which compiles, is not timed and checks the losses: `first_losses` is the first row of the metric log.
+
+    Args:
+      sizes, batch_size: of the MLP.
+      steps: of a round.
+      directory: of logs and checkpoints.
+      is_saving: with a checkpoint a round.
+      is_resident: the rows lie on the device.
+      steps_per_call: of `fit`.
     """
 
     def __init__(
-        self, sizes: Sequence[int], batch_size: int, steps: int, directory: str, is_saving: bool = True
+        self,
+        sizes: Sequence[int],
+        batch_size: int,
+        steps: int,
+        directory: str,
+        is_saving: bool = True,
+        is_resident: bool = False,
+        steps_per_call: int = 1,
     ) -> None:
         use_full_float32()
         self.sizes, self.batch_size, self.steps = sizes, batch_size, steps
+        self.is_resident, self.steps_per_call = is_resident, steps_per_call
         self.directory, self.is_saving = Path(tempfile.mkdtemp(dir=directory)), is_saving
         self.go: queue.Queue[None] = queue.Queue()
         self.arrived: queue.Queue[Any] = queue.Queue()
@@ -132,8 +152,9 @@ class Fit:
         fit(
             state,
             guard(step),
-            InMemory(self.sizes, self.batch_size),
+            InMemory(self.sizes, self.batch_size, self.is_resident),
             steps=10**9,
+            steps_per_call=self.steps_per_call,
             evaluators={"gate": self._gate},
             eval_every=self.steps,
             store=Store(self.directory / "checkpoints") if self.is_saving else None,

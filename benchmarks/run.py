@@ -26,6 +26,7 @@ from benchmarks import (
     mlp,
     recurrent,
     start_up,
+    tiny_loop,
     vision,
 )
 from benchmarks.harness import BenchmarkError, Settings
@@ -39,6 +40,7 @@ WORKLOADS = {
     "gpt": gpt.run,
     "bert": bert.run,
     "generation": generation.run,
+    "tiny_loop": tiny_loop.run,
     "loop_overhead": loop_overhead.run,
     "start_up": start_up.run,
     "input_pipeline": input_pipeline.run,

@@ -14,7 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bare_jax, checkpoint, input_pipeline, loop_overhead, mlp, network, run, start_up, training
+from benchmarks import (
+    bare_jax,
+    checkpoint,
+    input_pipeline,
+    loop_overhead,
+    mlp,
+    network,
+    run,
+    start_up,
+    tiny_loop,
+    training,
+)
 from benchmarks.harness import (
     BenchmarkError,
     Child,
@@ -241,20 +252,48 @@ def test_the_step_written_by_hand_does_the_same_maths(step_losses):
 
 def test_fit_is_held_between_rounds_and_does_the_same_maths_as_the_bare_loop(tmp_path):
     work = {"sizes": [8, 4, 3], "batch_size": 4, "steps": 2 * loop_overhead.LOG_EVERY}
+    resident = {"is_saving": False, "is_resident": True, "steps_per_call": 50}
     competitors = [
         Competitor("bare", "benchmarks.loop_overhead:Bare", work),
-        Competitor("fit", "benchmarks.loop_overhead:Fit", {**work, "directory": str(tmp_path)}),
+        Competitor("fit", "benchmarks.loop_overhead:Fit", {**work, "directory": str(tmp_path / "saving")}),
+        Competitor(
+            "resident", "benchmarks.loop_overhead:Fit", {**work, "directory": str(tmp_path / "not"), **resident}
+        ),
     ]
+    for name in ("saving", "not"):
+        (tmp_path / name).mkdir()
     results = measure(competitors, Settings(rounds=2))
-    assert [result.failure for result in results] == [None, None]
-    check_same_losses(results, 1e-6)
-    (folder,) = tmp_path.iterdir()
+    assert [result.failure for result in results] == [None] * 3
+    check_same_losses(results, 1e-5)
+    (folder,) = (tmp_path / "saving").iterdir()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [50, 100, 150, 200, 250, 300]
     assert {"metrics.csv", "tensorboard", "checkpoints"} <= {path.name for path in folder.iterdir()}
     # A round begins with the checkpoint of the round before: after two rounds there are two, and no third.
     # On a busy machine the second may still be under way, with a suffix, when its process ends.
     assert {int(path.name.split(".")[0]) for path in (folder / "checkpoints").iterdir()} == {100, 200}
+
+
+@pytest.mark.parametrize("is_idiomatic", [True, False])
+def test_the_loops_of_pytorch_do_the_same_maths(is_idiomatic):
+    torch = pytest.importorskip("torch")
+    n_threads = torch.get_num_threads()
+    try:
+        theirs = tiny_loop.Torch((8, 4, 3), 4, is_idiomatic)
+        assert theirs.round(steps=60) > 0
+    finally:
+        torch.set_num_threads(n_threads)
+    ours = loop_overhead.Bare((8, 4, 3), 4, steps=1)
+    np.testing.assert_allclose(theirs.facts["first_losses"], ours.facts["first_losses"], rtol=1e-5)
+
+
+def test_the_tiny_mlp_is_judged_against_both_loops():
+    taken = {tiny_loop.FIT: 4.0, tiny_loop.REPEATED: 1.0, tiny_loop.IDIOMATIC: 6.0, tiny_loop.BEST: 3.0}
+    results = [Result(name, (seconds,), {"first_losses": [2.0]}) for name, seconds in taken.items()]
+    made = tiny_loop.to_table([*results, Result(tiny_loop.COMPILED, failure="no compiler")])
+    assert made.rows[1] == [tiny_loop.REPEATED, "1.00 s (1.00 .. 1.00)", "3.00 (3.00 .. 3.00)", "6.00 (6.00 .. 6.00)"]
+    assert made.notes[0].endswith("3.00, floor 2, aim 3.2: above the floor.")
+    assert made.notes[1].endswith("6.00, floor 4, aim 6: aim reached.")
 
 
 def test_a_failure_inside_fit_reaches_the_harness(tmp_path):
