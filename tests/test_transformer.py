@@ -14,6 +14,7 @@ from jaxdl.models.embedding import Embed, padded_size
 from jaxdl.models.positions import Rotary
 from jaxdl.models.transformer import Stack, init_cache, resolve_layout, stack_layers, token_positions, unstack_layers
 from jaxdl.paths import flatten
+from jaxdl.plan import count_flops
 
 PLAIN = Block(width=16, n_heads=4, hidden=24, is_causal=True)
 BLOCKS = {
@@ -222,6 +223,26 @@ def test_the_padding_of_the_vocabulary_is_cut_off_and_never_moves():
     grad = jax.grad(loss)(params)["token"]["embedding"]
     assert bool(jnp.all(grad[130:] == 0))
     assert bool(jnp.all(jnp.any(grad[:130] != 0, -1)))
+
+
+def test_tied_logits_of_bfloat16_are_float32_and_their_gradients_products_of_bfloat16():
+    embed = Embed(Block(width=16, n_heads=2, hidden=16, dtype=jnp.bfloat16), vocab_size=130)
+    params = embed.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))["params"]
+    x, weight = jax.random.normal(jax.random.key(1), (3, 16)), jax.random.normal(jax.random.key(2), (3, 130))
+
+    def loss(params, x):
+        return jnp.sum(embed.apply({"params": params}, x.astype(jnp.bfloat16), method="logits") * weight)
+
+    def plain(params, x):
+        return jnp.sum(x @ params["token"]["embedding"][:130].T * weight)
+
+    assert embed.apply({"params": params}, x.astype(jnp.bfloat16), method="logits").dtype == jnp.float32
+    assert set(count_flops(jax.grad(loss, (0, 1)), params, x)) == {"bfloat16"}
+    found, expected = (jax.grad(fn, (0, 1))(params, x) for fn in (loss, plain))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02)
+    along = jax.jvp(loss, (params, x), (params, x))[1]  # forward mode, too: the logits are linear in each
+    assert float(along) == pytest.approx(2 * float(loss(params, x)), rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxdl.choices import tell
+from jaxdl.models.attention_gpu import cudnn_attention
 from jaxdl.models.checks import ModelError
 from jaxdl.models.positions import distances
 
@@ -71,6 +72,7 @@ def attend(
     dropout_fn: Any = None,
     implementation: str = "auto",
     is_causal: bool = False,
+    is_only_causal: bool = False,
 ) -> Array:
     """Softmax attention (Vaswani et al. 2017, eq. 1), multi-, grouped- (Ainslie et al. 2023) or multi-query.
 
@@ -85,6 +87,7 @@ def attend(
       implementation: "xla", "cudnn" (flash attention on an NVIDIA GPU) or "auto", which says in the log what it took.
         "ring" is "auto" here: what can go round a ring of devices is not sent here, see `attend_in_ring`.
       is_causal: the mask lets no query see keys beyond its own place (T = S), so that work on those can be left out.
+      is_only_causal: and it hides nothing else, so that cuDNN needs no mask.
 
     Returns:
       (B, T, H, K), the dtype of the values.
@@ -101,9 +104,8 @@ def attend(
     if n_heads % n_groups:
         raise ModelError(f"{n_heads} query heads do not divide over {n_groups} key/value heads; use a multiple.")
     if _choose(implementation, query_BTHK, softcap, dropout_fn) == "cudnn":
-        return jax.nn.dot_product_attention(
-            query_BTHK, key_BSGK, value_BSGK, bias=bias, mask=mask, scale=scale, implementation="cudnn"
-        )
+        own: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scale, "is_only_causal": is_only_causal}
+        return cudnn_attention(query_BTHK, key_BSGK, value_BSGK, **own)
     added = _added(mask, bias, jnp.promote_types(query_BTHK.dtype, jnp.float32))
     n_blocks = _n_blocks(query_BTHK.shape[1], key_BSGK.shape[1], dropout_fn, is_causal)
     return _attend_xla(query_BTHK, key_BSGK, value_BSGK, added, scale, softcap, dropout_fn, n_blocks)

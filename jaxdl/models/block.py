@@ -223,6 +223,8 @@ class Attention(nn.Module):
                 window=block.window,
                 slopes_H=jnp.asarray(alibi_slopes(block.n_heads)) if block.has_alibi else None,
             )
+        is_causal, sight = block.is_causal and is_within, context.sight
+        hides_more = block.window is not None or sight.key_mask is not None or sight.query_documents is not None
         return attend(
             query,
             key,
@@ -233,7 +235,8 @@ class Attention(nn.Module):
             softcap=block.attention_softcap,
             dropout_fn=dropout_fn,
             implementation=block.attention,
-            is_causal=block.is_causal and is_within,
+            is_causal=is_causal,
+            is_only_causal=is_causal and not hides_more,
         )
 
     def _heads(self, name: str, x_BTD: Array, n: int) -> Array:

@@ -4,6 +4,7 @@ Dimensions: `B` batch, `T` time, `D` width, `V` vocabulary.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -130,6 +131,29 @@ class Table(nn.Embed):
 
     def attend(self, query: Array) -> Array:
         """(..., D) -> (..., rows)."""
-        dtype = jnp.promote_types(query.dtype, jnp.float32)
         table_VD = jnp.asarray(self.embedding, query.dtype)
-        return jnp.einsum("...d,vd->...v", query, table_VD, preferred_element_type=dtype)
+        if query.dtype == jnp.bfloat16:
+            return _scores(query, table_VD)
+        return _wide(query, table_VD)
+
+
+def _wide(query: Array, table_VD: Array) -> Array:
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    return jnp.einsum("...d,vd->...v", query, table_VD, preferred_element_type=dtype)
+
+
+@jax.custom_jvp
+def _scores(query: Array, table_VD: Array) -> Array:
+    """bfloat16 in, float32 out; gradients are products of bfloat16, as a Dense layer's, where XLA's own would be
+    products of float32 at half the speed.
+    """
+    return _wide(query, table_VD)
+
+
+@_scores.defjvp
+def _scores_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (query, table_VD), (of_query, of_table_VD) = primals, tangents
+    by_query = jnp.einsum("...d,vd->...v", of_query, table_VD)
+    by_table = jnp.einsum("...d,vd->...v", query, of_table_VD)
+    dtype = jnp.float32
+    return _scores(query, table_VD), by_query.astype(dtype) + by_table.astype(dtype)

@@ -1,0 +1,74 @@
+"""What cuDNN's attention is asked for, with a stand-in that computes it: there is no GPU here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdl.models.attention import Sight, attend
+from jaxdl.models.gpt2 import GPT2, gpt2_block
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The options of each call of the stand-in, which refuses what JAX's binding of cuDNN refuses in training."""
+    real, found = jax.nn.dot_product_attention, []
+
+    def stand_in(query, key, value, *, implementation, **options):
+        T, S = query.shape[1], key.shape[1]
+        assert implementation == "cudnn"
+        assert T % 2 == S % 2 == 0
+        for part in (options["mask"], options["bias"]):
+            assert part is None or part.shape[2:] == (T, S)
+        found.append(options)
+        return real(query, key, value, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    return found
+
+
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.parametrize("n", [4, 5])
+@pytest.mark.parametrize("case", ["causal", "causal, padded", "padded", "causal, bias", "bias", "all"])
+def test_values_and_gradients_are_those_of_the_plain_computation(case, n, calls, monkeypatch):
+    q, k, v, weight = (jnp.asarray(RNG.standard_normal((2, n, 2, 8)), jnp.bfloat16) for _ in range(4))
+    key_mask = jnp.arange(n)[None] < jnp.array([[n], [2]]) if "padded" in case else None
+    is_causal = "causal" in case
+    mask = Sight(jnp.arange(n), jnp.arange(n), key_mask).mask(is_causal=is_causal, window=None)
+    bias = jnp.asarray(RNG.standard_normal((1, 2, n, n)), jnp.bfloat16) if "bias" in case else None
+    is_only = case in ("causal", "causal, bias")
+
+    def loss(q, k, v):
+        out = attend(q, k, v, mask=mask, bias=bias, scale=0.3, is_causal=is_causal, is_only_causal=is_only)
+        return jnp.sum((out * weight).astype(jnp.float32)), out
+
+    plain = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    assert not calls
+    as_on_a_gpu(monkeypatch)
+    jax.clear_caches()  # the platform is no part of a traced function's key
+    found = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    assert calls[0]["is_causal"] == is_only
+    assert (calls[0]["mask"] is None) == (is_only or mask is None)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.04)
+
+
+def test_a_decoder_says_whether_its_mask_hides_more_than_the_future(calls, monkeypatch):
+    tokens = jnp.ones((1, 4), jnp.int32)
+    cases = {"plain": ({}, {}), "padded": ({}, {"mask": tokens}), "packed": ({}, {"documents": tokens})}
+    cases["window"] = ({"window": 2}, {})
+    for name, (fields, inputs) in cases.items():
+        block = gpt2_block(width=16, n_heads=2, dtype=jnp.bfloat16, **fields)
+        model = GPT2(block, n_layers=1, vocab_size=5, n_positions=4)
+        variables = model.init(jax.random.key(0), tokens)
+        with monkeypatch.context() as patch:
+            as_on_a_gpu(patch)
+            model.apply(variables, tokens, **inputs)
+        assert (calls[-1]["is_causal"], calls[-1]["mask"] is None) == (name == "plain",) * 2, name
+    assert len(calls) == len(cases)
