@@ -119,7 +119,7 @@ def cross_entropy(
         target_BC = _soft(labels_B, logits_BC, label_smoothing)
         loss_B = log_z_B * jnp.sum(target_BC, -1) - jnp.sum(target_BC * logits_BC, -1)
     else:
-        loss_B = log_z_B - jnp.take_along_axis(logits_BC, labels_B[..., None], -1)[..., 0]
+        loss_B = log_z_B - _at_labels(logits_BC, labels_B)
     if focal_gamma:
         wrong_B = jnp.maximum(1.0 - jnp.exp(-loss_B), 1e-12)  # the derivative of 0**gamma is infinite below gamma = 1
         loss_B = loss_B * wrong_B**focal_gamma
@@ -131,6 +131,17 @@ def cross_entropy(
         )
         weight = row_B if weight is None else row_B * weight
     return mean(loss_B, weight)
+
+
+def _at_labels(logits_BC: Array, labels_B: Array) -> Array:
+    """The logit of each label. Off a CPU by comparison: the gradient of a gather would copy all logits."""
+    if jax.default_backend() == "cpu":
+        return jnp.take_along_axis(logits_BC, labels_B[..., None], -1)[..., 0]
+    n_classes = logits_BC.shape[-1]
+    labels_B = jnp.where(labels_B < 0, labels_B + n_classes, labels_B)  # as a gather reads it
+    classes_BC = jax.lax.broadcasted_iota(labels_B.dtype, logits_BC.shape, logits_BC.ndim - 1)
+    found_B = jnp.sum(jnp.where(classes_BC == labels_B[..., None], logits_BC, 0.0), -1)
+    return jnp.where((labels_B >= 0) & (labels_B < n_classes), found_B, jnp.nan)
 
 
 def _soft(labels_B: Array, logits_BC: Array, label_smoothing: float) -> Array:
