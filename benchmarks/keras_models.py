@@ -29,8 +29,12 @@ class Keras:
     """
 
     def __init__(self, like: str, network: str, sizes: Mapping[str, Any]) -> None:
-        keras = import_keras()
+        import keras
+
         from jaxdl.paths import flatten
+
+        if keras.backend.backend() != "jax":
+            raise RuntimeError("Keras does not run on JAX: it was imported before KERAS_BACKEND was set here")
 
         use_full_float32()
         parts = load_like(like, sizes)
@@ -57,21 +61,6 @@ class Keras:
     def _run(self, steps: int) -> None:
         if steps:  # `fit` waits for its last step: it returns the loss
             self.model.fit(self.batches, steps_per_epoch=steps, epochs=1, shuffle=False, verbose=0)
-
-
-def import_keras() -> Any:
-    """Keras on JAX.
-
-    Raises:
-      RuntimeError: it is not installed.
-    """
-    try:
-        import keras
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error.name} is missing: pip install 'jaxdl[bench]'") from None
-    if (backend := keras.backend.backend()) != "jax":
-        raise RuntimeError(f"Keras runs on {backend}: it was imported before KERAS_BACKEND=jax was set")
-    return keras
 
 
 def filled(layer: Any, inputs: int | tuple[int | None, ...], arrays: list[np.ndarray]) -> Any:

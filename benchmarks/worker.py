@@ -27,6 +27,8 @@ def main() -> None:
                 answer = {"ok": getattr(competitor, "facts", {})}
             else:
                 answer = {"ok": getattr(competitor, request["call"])(**request["arguments"])}
+        except ModuleNotFoundError as error:
+            answer = {"error": f"{error.name} is missing: pip install 'jaxdl[bench]'" if error.name else str(error)}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
         answers.write(json.dumps(answer) + "\n")

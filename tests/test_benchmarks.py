@@ -63,7 +63,7 @@ class Clock:
 
 class Broken:
     def __init__(self) -> None:
-        raise ModuleNotFoundError("No module named 'torch'")
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
 
 class Figures:
@@ -151,10 +151,10 @@ def test_a_competitor_that_cannot_start_is_told_and_the_others_go_on(tmp_path):
     notes = []
     missing = Competitor("PyTorch", "test_benchmarks:Broken", environment=HERE)
     found = measure([missing, clock("A", tmp_path / "log")], Settings(rounds=2, note=notes.append))
-    assert found[0].failure == "ModuleNotFoundError: No module named 'torch'"
+    assert found[0].failure == "torch is missing: pip install 'jaxdl[bench]'"
     assert found[0].seconds == ()
     assert found[1].seconds == (1.0, 2.0)
-    assert any("No module named 'torch'" in note for note in notes)
+    assert any("torch is missing" in note for note in notes)
 
 
 @pytest.mark.parametrize(
