@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.harness import Result, Spread
 
@@ -37,6 +37,26 @@ class Table:
         results = [dataclasses.asdict(result) for result in self.results]
         cells = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
         return {"title": self.title, "rows": cells, "notes": self.notes, "results": results}
+
+
+class Aim(NamedTuple):
+    """Throughput that jaxdl should reach, as a multiple of another's."""
+
+    floor: float
+    aim: float
+
+
+def judge(ratio: Spread | None, aim: Aim) -> str:
+    """How a ratio stands to floor and aim, in words.
+
+    Example:
+      >>> judge(Spread(1.5, 1.4, 1.6), Aim(1.2, 1.45)), judge(Spread(1.0, 0.9, 1.1), Aim(1.2, 1.45))
+      ('aim reached (1.50)', 'below the floor (1.00)')
+    """
+    if ratio is None:
+        return "not run"
+    word = "below the floor" if ratio.median < aim.floor else "above the floor" if ratio.median < aim.aim else ""
+    return f"{word or 'aim reached'} ({ratio.median:.2f})"
 
 
 def not_run(name: str, failure: str, n_columns: int) -> list[str]:

@@ -17,15 +17,14 @@ from benchmarks.loop_overhead import LOG_EVERY
 from benchmarks.machine import n_cores
 from benchmarks.mlp import Batches
 from benchmarks.network import LEARNING_RATE, WEIGHT_DECAY, make_torch
-from benchmarks.table import Table, not_run, ratio_cell, time_cell
+from benchmarks.table import Aim, Table, judge, not_run, ratio_cell, time_cell
 from benchmarks.training import TOLERANCE, timed
 
 SIZES, BATCH_SIZE = (64, 64, 64, 10), 32
 STEPS_PER_CALL = 50
 FIT, REPEATED = "jaxdl, fit", f"jaxdl, fit, steps_per_call={STEPS_PER_CALL}"
 IDIOMATIC, BEST, COMPILED = "PyTorch, idiomatic loop", "PyTorch, best loop", "PyTorch, best loop, torch.compile"
-# against -> (floor, aim)
-AIMS = {"best": (2.0, 3.2), "idiomatic": (4.0, 6.0)}
+AIMS = {"best": Aim(2.0, 3.2), "idiomatic": Aim(4.0, 6.0)}
 
 
 class Torch:
@@ -136,11 +135,8 @@ def to_table(results: Sequence[Result]) -> Table:
             continue
         ratios = [ratio_cell(speed_up(result, other)) for other in (best, idiomatic)]
         made.rows.append([result.name, time_cell(spread(result.seconds)), *ratios])
-    for other, (name, (floor, aim)) in zip((best, idiomatic), AIMS.items(), strict=True):
-        ratio = speed_up(fastest([found[FIT], found[REPEATED]]), other)
-        if ratio is None:
-            made.notes.append(f"Against the {name} loop: not judged.")
-            continue
-        word = "aim reached" if ratio.median >= aim else "above the floor" if ratio.median >= floor else "below it"
-        made.notes.append(f"Against the {name} loop: {ratio.median:.2f}, floor {floor:g}, aim {aim:g}: {word}.")
+    ours = fastest([found[FIT], found[REPEATED]])
+    for other, (name, aim) in zip((best, idiomatic), AIMS.items(), strict=True):
+        word = judge(speed_up(ours, other), aim)
+        made.notes.append(f"{ours.name}, against the {name} loop of PyTorch: floor {aim.floor}, aim {aim.aim}: {word}.")
     return made

@@ -17,14 +17,13 @@ from benchmarks.harness import (
     Competitor,
     Result,
     Settings,
-    Spread,
     check_same_losses,
     fastest,
     speed_up,
     spread,
 )
 from benchmarks.machine import n_cores, use_full_float32
-from benchmarks.table import Table, not_run, ratio_cell, time_cell
+from benchmarks.table import Aim, Table, judge, not_run, ratio_cell, time_cell
 
 N_BATCHES = 4  # batches in memory, used in turn
 TOLERANCE, N_LOSSES = 1e-4, 3
@@ -320,13 +319,6 @@ def load_like(like: str, sizes: Mapping[str, Any]) -> JaxdlParts:
     return made.make(**sizes)
 
 
-class Aim(NamedTuple):
-    """Throughput that jaxdl should reach, as a multiple of the fastest other library's."""
-
-    floor: float
-    aim: float
-
-
 def table(title: str, results: Sequence[Result], *, flops: float, aim: Aim, tolerance: float = TOLERANCE) -> Table:
     """The table of one workload.
 
@@ -374,7 +366,7 @@ def verdict(ours: Sequence[Result], best: Result, aim: Aim) -> str:
     """How the variants stand to floor and aim, in words."""
     if best.failure:
         return "Floor and aim: not judged, no other library ran."
-    judged = [f"{result.name}: {_word(speed_up(result, best), aim)}" for result in ours]
+    judged = [f"{result.name}: {judge(speed_up(result, best), aim)}" for result in ours]
     return f"Floor {aim.floor}, aim {aim.aim} times the fastest other library. {'; '.join(judged)}."
 
 
@@ -382,10 +374,3 @@ def against_bare(ours: Sequence[Result], bare: Result) -> str:
     """What jaxdl costs, or gains, over the step that was written by hand, in words."""
     ratios = [f"{result.name} {ratio_cell(speed_up(result, bare))}" for result in ours]
     return f"Speed against the step written by hand in bare JAX: {', '.join(ratios)}."
-
-
-def _word(ratio: Spread | None, aim: Aim) -> str:
-    if ratio is None:
-        return "not run"
-    word = "below the floor" if ratio.median < aim.floor else "above the floor" if ratio.median < aim.aim else ""
-    return f"{word or 'aim reached'} ({ratio.median:.2f})"

@@ -292,8 +292,8 @@ def test_the_tiny_mlp_is_judged_against_both_loops():
     results = [Result(name, (seconds,), {"first_losses": [2.0]}) for name, seconds in taken.items()]
     made = tiny_loop.to_table([*results, Result(tiny_loop.COMPILED, failure="no compiler")])
     assert made.rows[1] == [tiny_loop.REPEATED, "1.00 s (1.00 .. 1.00)", "3.00 (3.00 .. 3.00)", "6.00 (6.00 .. 6.00)"]
-    assert made.notes[0].endswith("3.00, floor 2, aim 3.2: above the floor.")
-    assert made.notes[1].endswith("6.00, floor 4, aim 6: aim reached.")
+    assert made.notes[0].endswith("floor 2.0, aim 3.2: above the floor (3.00).")
+    assert made.notes[1].endswith("floor 4.0, aim 6.0: aim reached (6.00).")
 
 
 def test_a_failure_inside_fit_reaches_the_harness(tmp_path):
@@ -321,6 +321,15 @@ def test_fresh_processes_and_their_caches(cache, tmp_path):
     code = "import os, sys; print(len(os.listdir(sys.argv[-1]))); open(sys.argv[-1] + '/x', 'w')"
     ran = start_up.Fresh(["-c", "print(0.5)"] if cache == "none" else ["-c", code], str(tmp_path), cache, True)
     assert ran.round() == {"none": 0.5, "cold": 0.0, "warm": 1.0}[cache]
+
+
+def test_a_warm_start_is_judged_against_both_forms_of_pytorch():
+    seconds = (3.0, 1.5, 2.4, 6.0)
+    made = start_up._steps_table([Result(name, (taken,)) for name, taken in zip("abcd", seconds, strict=True)])
+    assert made.notes == [
+        "b, against c: floor 1.2, aim 1.8: above the floor (1.60).",
+        "b, against d: floor 2.0, aim 3.0: aim reached (4.00).",
+    ]
 
 
 def test_a_fresh_process_that_fails_says_why(tmp_path):
