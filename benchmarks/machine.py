@@ -9,7 +9,20 @@ from importlib import metadata
 
 from benchmarks.harness import Child, Competitor
 
-_PACKAGES = ("jaxdl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch")
+_PACKAGES = (
+    "jaxdl",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "torch",
+    "transformers",
+    "peft",
+    "keras",
+)
 
 
 def n_cores() -> int:
