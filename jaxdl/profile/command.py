@@ -28,8 +28,6 @@ from jaxdl.profile.recording import Recorder, make_profile, naming_failure, wait
 from jaxdl.profile.result import StepProfile
 from jaxdl.profile.trace import ProfileError, read
 
-FAR = 10**9
-
 
 class Profiled(Exception):
     """Ends an experiment whose profile is taken."""
@@ -175,11 +173,9 @@ def profiled_loop(steps: int, folder: Path) -> type:
     class Loop(loop_lib._Loop):
         def __init__(self, **fields: Any) -> None:
             super().__init__(**fields)
-            self.steps = self.stop_at = self.eval_every = self.checkpoint_every = FAR
-            self.store = self.profile = None
-            self.recorder = Recorder(
-                steps, folder, lambda: jax.block_until_ready(self.state), steps_per_call=self.feed.steps_per_call
-            )
+            self.store, self.resumed, self.evaluators = None, None, {}
+            self.trace: Any = _Trace(self, steps, folder)
+            self.steps = self.stop_at = self.eval_every = self.checkpoint_every = self.trace.last_step
             start = self.feed.start
 
             def start_and_show(first: int, stop: int) -> None:
@@ -193,20 +189,24 @@ def profiled_loop(steps: int, folder: Path) -> type:
             result = super().run(stop)
             raise ProfileError(f"{result.stopped_by or 'the loop'} ended the run before {steps} steps were traced.")
 
-        def _resume(self) -> int:
-            return int(self.state.step)
-
-        def _catch_up(self, step: int, stop: Any) -> None:
-            return None
-
-        def _trace(self, n_done: int) -> None:
-            if self.recorder.before_call():
-                raise Profiled(_profile(self, self.recorder))
-
-        def _stop_trace(self) -> None:
-            self.recorder.close()
-
     return Loop
+
+
+class _Trace:
+    """In the place of `jaxdl.trace.Trace`."""
+
+    def __init__(self, loop: Any, steps: int, folder: Path) -> None:
+        n = loop.feed.steps_per_call
+        self._loop = loop
+        self._recorder = Recorder(steps, folder, lambda: jax.block_until_ready(loop.state), steps_per_call=n)
+        self.last_step = int(loop.state.step) + n * self._recorder.n_all_calls
+
+    def at(self, n_done: int, state: Any) -> None:
+        if self._recorder.before_call():
+            raise Profiled(_profile(self._loop, self._recorder))
+
+    def stop(self, state: Any) -> None:
+        self._recorder.close()
 
 
 def _profile(loop: Any, recorder: Recorder) -> StepProfile:

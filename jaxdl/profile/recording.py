@@ -34,6 +34,7 @@ class Recorder:
 
     Attributes:
       n_calls: that make `steps` steps, or a few more.
+      n_all_calls: after which `before_call` has said True.
       plain_s: seconds of a step without a trace.
     """
 
@@ -48,6 +49,7 @@ class Recorder:
     ) -> None:
         self.n_calls, self.steps_per_call = -(-steps // steps_per_call), steps_per_call
         self.folder, self._wait, self._warm_up = folder, wait, warm_up
+        self.n_all_calls = warm_up + 2 * self.n_calls + 2
         self.plain_s = 0.0
         self._n, self._start, self._is_tracing = 0, 0.0, False
 
@@ -62,7 +64,7 @@ class Recorder:
             self.plain_s = (time.perf_counter() - self._start) / (self.n_calls * self.steps_per_call)
             start_trace(self.folder)
             self._is_tracing = True
-        elif n == self._warm_up + 2 * self.n_calls + 1:  # the first of these calls is measured to the start of the last
+        elif n == self.n_all_calls - 1:  # the first of these calls is measured to the start of the last
             self._wait()
             self.close()
             return True
