@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint prove prove-exact prove-processes bench newest clean
+.PHONY: train test lint prove prove-exact prove-processes bench bench-gpu newest clean
 
 train: $(VENV)/.installed
 	$(RUN) -m experiments.classify_images --config configs/digits_cnn.py
@@ -33,6 +33,10 @@ prove-processes: $(VENV)/.installed-test
 bench: $(VENV)/.installed-bench
 	$(RUN) -m benchmarks.run
 
+# Under ten minutes on one NVIDIA GPU, once its packages are there; docs/performance-gpu.md keeps what it printed.
+bench-gpu: $(VENV)/.installed-gpu
+	$(RUN) -m benchmarks.gpu.run
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"jaxdl needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}; try: make PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +51,10 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-bench: pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable '.[bench]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-gpu: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable '.[cuda,bench]'
 	touch $@ $(VENV)/.installed
 
 # A short selection on the newest JAX that the given Python can have, in an environment of its own.

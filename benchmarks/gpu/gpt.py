@@ -24,7 +24,15 @@ class Jaxdl(JaxdlSide):
     """`jaxdl.models.gpt2.GPT2` under the language-model loss."""
 
     def make(
-        self, width: int, n_heads: int, n_layers: int, vocab_size: int, length: int, batch_size: int, dtype: str
+        self,
+        width: int,
+        n_heads: int,
+        n_layers: int,
+        vocab_size: int,
+        length: int,
+        batch_size: int,
+        dtype: str,
+        chunk_tokens: int | None = None,
     ) -> Parts:
         from jaxdl.models.apply import init_model
         from jaxdl.models.gpt2 import GPT2, gpt2_block
@@ -34,7 +42,8 @@ class Jaxdl(JaxdlSide):
         model = GPT2(block, n_layers=n_layers, vocab_size=vocab_size, n_positions=length)
         batches = make_batches(vocab_size, length, batch_size)
         one = batches["tokens"][0, :1]
-        return Parts(make_language_loss_fn(model, train=True), lambda key: init_model(model, key, one), batches)
+        loss_fn = make_language_loss_fn(model, train=True, chunk_tokens=chunk_tokens)
+        return Parts(loss_fn, lambda key: init_model(model, key, one), batches)
 
 
 class Torch(TorchSide):

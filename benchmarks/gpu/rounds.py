@@ -5,15 +5,18 @@ All prepare at once (imports, weights), then compile one after the other, then w
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import monotonic
 from typing import Any
 
 from benchmarks.harness import BenchmarkError, Child, Competitor, Result
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 7
 OUT_OF_TIME = "out of time"
+MOST_OF_WHAT_IS_LEFT = 0.6  # for one competitor to compile, so that another that waits has its turn
+GRACE_S = 5.0  # for a round that takes longer than those before, and to ask for the memory
 
 
 def measure(
@@ -31,28 +34,29 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in children}
     failures: dict[str, str] = {}
 
-    def ask(name: str, work: Callable[[], Any]) -> Any:
+    def ask(name: str, work: Callable[[], Any], last: float = deadline + GRACE_S) -> Any:
         if name in failures:
             return None
         try:
-            with _killed_at(deadline, children[name]):
+            with _killed_at(last, children[name]):
                 return work()
         except BenchmarkError as error:
-            failures[name] = OUT_OF_TIME if time.monotonic() >= deadline else str(error)
+            failures[name] = OUT_OF_TIME if monotonic() >= last else str(error)
             note(f"{name}: {failures[name]}")
 
     try:
         note(f"prepare: {', '.join(children)}")
         with ThreadPoolExecutor(len(children)) as pool:
-            list(pool.map(lambda name: ask(name, children[name].set_up), children))
+            list(pool.map(lambda name: ask(name, children[name].set_up, deadline), children))
         for name, child in children.items():
-            started = time.monotonic()
-            facts[name] = ask(name, lambda child=child: child.call("warm_up")) or {}
-            facts[name]["warm_up_s"] = time.monotonic() - started
+            started = monotonic()
+            last = started + MOST_OF_WHAT_IS_LEFT * (deadline - started)
+            facts[name] = ask(name, partial(child.call, "warm_up"), last) or {}
+            facts[name]["warm_up_s"] = monotonic() - started
             note(f"{name}: compiled and warm after {facts[name]['warm_up_s']:.0f} s")
         _take_turns(competitors, children, seconds, failures, ask, deadline, most_rounds)
         for name, child in children.items():
-            facts[name]["peak_bytes"] = ask(name, lambda child=child: child.call("memory"))
+            facts[name]["peak_bytes"] = ask(name, partial(child.call, "memory"))
     finally:
         for child in children.values():
             child.__exit__()
@@ -78,19 +82,19 @@ def _take_turns(
 ) -> None:
     longest = 0.0
     for _ in range(most_rounds):
-        started = time.monotonic()
+        started = monotonic()
         if started + longest > deadline or len(failures) == len(children):
             return
         for one in competitors:
-            taken = ask(one.name, lambda one=one: children[one.name].call("round", **one.arguments))
+            taken = ask(one.name, partial(children[one.name].call, "round", **one.arguments))
             if taken is not None:
                 seconds[one.name].append(taken)
-        longest = max(longest, time.monotonic() - started)
+        longest = max(longest, monotonic() - started)
 
 
 @contextlib.contextmanager
-def _killed_at(deadline: float, child: Child) -> Iterator[None]:
-    timer = threading.Timer(max(0.0, deadline - time.monotonic()), child.kill)
+def _killed_at(last: float, child: Child) -> Iterator[None]:
+    timer = threading.Timer(max(0.0, last - monotonic()), child.kill)
     timer.start()
     try:
         yield
