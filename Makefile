@@ -16,8 +16,10 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Twenty kills at random moments and a hundred flipped bytes; docs/proofs.md keeps what it printed.
+# The tests that take long, twenty kills at random moments and a hundred flipped bytes; docs/proofs.md keeps what the
+# last two printed.
 prove: $(VENV)/.installed-test
+	$(RUN) -m pytest -q -n 2 --dist loadgroup -m proof
 	$(RUN) -m tests.faults.prove_flips
 	$(RUN) -m tests.faults.prove_kill
 
@@ -60,9 +62,9 @@ $(VENV)/.installed-gpu: pyproject.toml | $(VENV)/bin/python
 # A short selection on the newest JAX that the given Python can have, in an environment of its own.
 newest:
 	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet --upgrade jax --editable . pytest hypothesis
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade jax --editable . pytest pytest-xdist hypothesis
 	$(VENV)-newest/bin/python -c 'import jax; print("newest JAX:", jax.__version__)'
-	$(VENV)-newest/bin/python -m pytest -q $(NEWEST)
+	$(VENV)-newest/bin/python -m pytest -q -n 2 $(NEWEST)
 
 NEWEST := tests/test_paths.py tests/test_losses.py tests/test_step.py tests/test_loop.py tests/test_third_party.py
 

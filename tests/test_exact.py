@@ -58,6 +58,7 @@ def test_every_layout_gives_the_same_bits(name, axes, sharding):
     assert trained(name, "exact", axes, sharding) == trained(name, "exact")
 
 
+@pytest.mark.proof  # prove_processes has four
 def test_two_processes_give_the_same_bits():
     """Each in a process of its own, with no more devices than it needs."""
     options = ["--networks", "mlp", "--steps", "4"]

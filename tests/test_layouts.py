@@ -58,6 +58,14 @@ LAYOUTS = {
 SEQUENCE = {"sequence": place(lambda state: FSDP(REPLICATED), data=2, sequence=4)}
 CASES = [(name, layout) for name in small_networks.NETWORKS for layout in LAYOUTS]
 CASES += [(name, "sequence") for name in ("gpt", "bert_lora", "lstm")]
+QUICK = {
+    "mlp": LAYOUTS,
+    "gpt": {*LAYOUTS, "sequence"},
+    "cnn": {"fsdp"},
+    "lstm": {"shard_map"},
+    "bert_lora": {"fsdp x tensor"},
+}
+CASES = [pytest.param(*case, marks=[] if case[1] in QUICK[case[0]] else pytest.mark.proof) for case in CASES]
 
 
 def train(task, make):
@@ -121,7 +129,6 @@ def fitted(steps_per_call=1, mesh=None, rules=None, is_resident=False):
 @pytest.mark.parametrize(
     "options",
     [
-        {"mesh": (("data", 8),), "rules": lambda state: REPLICATED},
         {"mesh": (("data", 4), ("model", 2)), "rules": lambda state: FSDP(tensor_parallel(state))},
         {"mesh": (("data", 2), ("sequence", 4)), "rules": lambda state: FSDP(REPLICATED), "steps_per_call": 3},
         {"mesh": (("data", 8),), "rules": lambda state: FSDP(REPLICATED), "steps_per_call": 2, "is_resident": True},

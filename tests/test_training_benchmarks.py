@@ -34,8 +34,16 @@ def our_side(name):
     return ours(**sizes)
 
 
+QUICK = ("gpt", "lstm", "last")
+
+
+def proofs(names):
+    """Parameters of a test: those of the benchmarks that are not quick are left to `make prove`."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.proof) for name in names]
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
-@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("name", proofs(SIDES))
 def test_both_libraries_compute_the_same_losses(name):
     _, theirs, sizes = SIDES[name]
     if name in ("full", "last", "lora"):
@@ -48,11 +56,15 @@ def test_both_libraries_compute_the_same_losses(name):
     assert int(mine.state.step) == mine.done == training.N_LOSSES + 1
 
 
-@pytest.mark.parametrize(("name", "network"), {"cnn": "cnn", "lstm": "lstm", "gpt": "gpt", "last": "bert"}.items())
-def test_the_step_written_by_hand_computes_the_same_losses(name, network):
+BY_HAND = {"cnn": "cnn", "lstm": "lstm", "gpt": "gpt", "last": "bert"}
+KERAS = {"cnn": "cnn", "gru": "recurrent", "bidirectional": "recurrent"}
+
+
+@pytest.mark.parametrize("name", proofs(BY_HAND))
+def test_the_step_written_by_hand_computes_the_same_losses(name):
     ours, _, sizes = SIDES[name]
     with jax.numpy_rank_promotion("allow"):
-        by_hand = bare_jax.Bare(f"{ours.__module__}:{ours.__name__}", network, sizes)
+        by_hand = bare_jax.Bare(f"{ours.__module__}:{ours.__name__}", BY_HAND[name], sizes)
         assert by_hand.round(steps=1) > 0
     np.testing.assert_allclose(by_hand.facts["first_losses"], our_side(name).facts["first_losses"], rtol=1e-5)
     moving, _ = by_hand.state
@@ -60,20 +72,22 @@ def test_the_step_written_by_hand_computes_the_same_losses(name, network):
     assert "embed/norm/scale" not in moving
 
 
-@pytest.mark.parametrize(("name", "network"), {"cnn": "cnn", "gru": "recurrent", "bidirectional": "recurrent"}.items())
-def test_keras_computes_the_same_losses(name, network, tmp_path, monkeypatch):
+@pytest.mark.proof
+@pytest.mark.parametrize("name", KERAS)
+def test_keras_computes_the_same_losses(name, tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))  # else it writes to the home folder
     from benchmarks.keras_models import Keras  # sets the backend
 
     pytest.importorskip("keras")
     ours, _, sizes = SIDES[name]
     with jax.numpy_rank_promotion("allow"):
-        theirs = Keras(f"{ours.__module__}:{ours.__name__}", network, sizes)
+        theirs = Keras(f"{ours.__module__}:{ours.__name__}", KERAS[name], sizes)
         assert theirs.round(steps=1) > 0
     # Keras's LSTM has one bias where the others have two, which both move.
     np.testing.assert_allclose(theirs.facts["first_losses"], our_side(name).facts["first_losses"], rtol=5e-5)
 
 
+@pytest.mark.proof
 def test_the_trainer_computes_the_same_losses_and_is_held_between_rounds(tmp_path):
     pytest.importorskip("accelerate")
     from benchmarks.trainer import Trainer
@@ -86,6 +100,7 @@ def test_the_trainer_computes_the_same_losses_and_is_held_between_rounds(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("module", ["recurrent", "gpt"])
 def test_one_device_a_core_computes_the_same(module):
     sizes = {"recurrent": {"cell": "lstm", "bidirectional": False, **RNN}, "gpt": GPT}[module]

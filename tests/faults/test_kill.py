@@ -8,9 +8,9 @@ from tests.faults import evidence, prove_kill
 from tests.faults.prove_kill import Kill
 
 
-def test_three_kills_change_no_bit(tmp_path):
-    kills, found = prove_kill.prove(tmp_path, 3, seed=5, cache=evidence.ROOT / ".pytest_cache" / "xla-kill")
-    assert len(kills) == 3
+def test_a_kill_changes_no_bit(tmp_path):
+    kills, found = prove_kill.prove(tmp_path, 1, seed=5, cache=evidence.ROOT / ".pytest_cache" / "xla-kill")
+    assert len(kills) == 1
     assert found
     assert [run for run in found if any(run.values())] == []
     assert set(found[0]) == set(prove_kill.ASPECTS)
