@@ -16,6 +16,7 @@ from jaxdl.paths import Tree
 from jaxdl.state import TrainState
 from jaxdl.step import Step, on_rows, repeat
 from jaxdl.steplog import Packing
+from jaxdl.tracing import INPUT
 
 RESIDENT_LIMIT_BYTES = 512 * 2**20
 
@@ -109,11 +110,15 @@ class Feed:
 
     def call(self, state: TrainState, step: int, n: int) -> tuple[TrainState, jax.Array]:
         if n == 1:
-            batch = next(self._batches)
+            batch = self._next()
             return self.compiled(state, batch if self.steps_per_call == 1 else self._put(batch))
-        batches = [next(self._batches) for _ in range(n)]
+        batches = [self._next() for _ in range(n)]
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
         return self._repeated(state, self._put(stacked, 1))
+
+    def _next(self) -> Any:
+        with jax.profiler.TraceAnnotation(INPUT):
+            return next(self._batches)
 
     def close(self) -> None:
         if self._batches is not None:

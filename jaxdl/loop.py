@@ -1,7 +1,9 @@
 """The training loop: the only place with side effects over time."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,7 +30,7 @@ from jaxdl.signals import StopFlag
 from jaxdl.state import TrainState
 from jaxdl.step import Step
 from jaxdl.steplog import NonFiniteStep, StepLog
-from jaxdl.trace import Profile, Trace
+from jaxdl.tracing import Profile, Tracer
 
 
 @dataclass
@@ -151,7 +153,7 @@ def fit(
     )
     state = state if resumed is None else resumed.state
     output = Output(list(writers), progress, data.batch_size / data.n_rows)
-    loop = _Loop(
+    loop = Loop(
         state=state if mesh is None else jax.tree.map(put, state, shardings),
         feed=feed,
         data=data,
@@ -166,16 +168,32 @@ def fit(
         trainable=getattr(train_step, "trainable", None),
         patience=Patience(early_stopping),
         is_exact=exact_shards is not None,
-        trace=Trace(profile, output.note),
+        tracer=Tracer(profile, output.note),
         stop_at=steps if stop_at is None else min(stop_at, steps),
         resumed=resumed,
     )
+    take = _taken.get()
     with StopFlag() as stop:
-        return loop.run(stop)
+        return loop.run(stop) if take is None else take(loop, stop)
+
+
+_taken: ContextVar[Callable[["Loop", StopFlag], FitResult] | None] = ContextVar("taken", default=None)
+
+
+@contextlib.contextmanager
+def intercepted(take: Callable[["Loop", StopFlag], FitResult]) -> Iterator[None]:
+    """Inside, `fit` hands the loop that it has made to `take(loop, stop)` instead of running it."""
+    token = _taken.set(take)
+    try:
+        yield
+    finally:
+        _taken.reset(token)
 
 
 @dataclass
-class _Loop:
+class Loop:
+    """A run under way; `run` goes on to its end."""
+
     state: TrainState
     feed: Feed
     data: Any
@@ -190,7 +208,7 @@ class _Loop:
     trainable: Rules | None
     patience: Patience
     is_exact: bool
-    trace: Trace
+    tracer: Tracer
     stop_at: int
     resumed: Any
     timing: Timing = field(default_factory=Timing)
@@ -208,7 +226,7 @@ class _Loop:
             while step < self.stop_at and not stopped_by:
                 n = self.feed.chunk(self._boundary(step) - step)
                 watchdog.enter(f"step {step + 1}")
-                self.trace.at(step - first, self.state)
+                self.tracer.at(step - first, self.state)
                 self.state, vectors = self.feed.call(self.state, step, n)
                 if step == first:
                     self._first_step(self.feed.program(n), start)
@@ -354,6 +372,6 @@ class _Loop:
         timing.examples_per_s = max(n_steps - 1, 0) * self.data.batch_size / timing.train_s
 
     def _close(self) -> None:
-        self.trace.stop(self.state)
+        self.tracer.stop(self.state)
         self.feed.close()
         self.output.close()

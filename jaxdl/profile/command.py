@@ -10,23 +10,23 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 
-from jaxdl import loop as loop_lib
 from jaxdl.command import run_command
 from jaxdl.compilation import Compiled
 from jaxdl.config import ConfigError, Parsed
 from jaxdl.config.files import config_type_of
 from jaxdl.config.flags import split_flags
+from jaxdl.loop import Loop, intercepted
 from jaxdl.parallel.exact import ExactStep
 from jaxdl.paths import nearest
 from jaxdl.plan.flops import of_jaxpr
 from jaxdl.profile.folder import claim_folder
-from jaxdl.profile.recording import Recorder, make_profile, naming_failure, waited
+from jaxdl.profile.recording import Recorder, make_profile, naming_failure
 from jaxdl.profile.result import StepProfile
 from jaxdl.profile.trace import ProfileError, read
+from jaxdl.tracing import Tracer
 
 
 class Profiled(Exception):
@@ -158,7 +158,7 @@ def profile_experiment(experiment: Callable[[Parsed], Any], parsed: Parsed, step
       ProfileError: it ended without a training loop, or failed.
     """
     printed = io.StringIO()
-    with mock.patch.object(loop_lib, "_Loop", profiled_loop(steps, folder)), naming_failure():
+    with intercepted(taking(steps, folder)), naming_failure():
         try:
             with contextlib.redirect_stdout(printed):
                 experiment(parsed)
@@ -167,35 +167,23 @@ def profile_experiment(experiment: Callable[[Parsed], Any], parsed: Parsed, step
     raise ProfileError("the experiment ended without a call of jaxdl.loop.fit, so there is no step to profile.")
 
 
-def profiled_loop(steps: int, folder: Path) -> type:
-    """A loop of `fit` that evaluates and saves nothing, takes a profile and raises `Profiled`."""
+def taking(steps: int, folder: Path) -> Callable[[Loop, Any], Any]:
+    """Runs a loop of `fit` that evaluates and saves nothing; it ends with `Profiled`."""
 
-    class Loop(loop_lib._Loop):
-        def __init__(self, **fields: Any) -> None:
-            super().__init__(**fields)
-            self.store, self.resumed, self.evaluators = None, None, {}
-            self.trace: Any = _Trace(self, steps, folder)
-            self.steps = self.stop_at = self.eval_every = self.checkpoint_every = self.trace.last_step
-            start = self.feed.start
+    def take(loop: Loop, stop: Any) -> Any:
+        loop.store, loop.resumed, loop.evaluators = None, None, {}
+        loop.tracer = tracer = _Tracer(loop, steps, folder)
+        loop.steps = loop.stop_at = loop.eval_every = loop.checkpoint_every = tracer.last_step
+        result = loop.run(stop)
+        raise ProfileError(f"{result.stopped_by or 'the loop'} ended the run before {steps} steps were traced.")
 
-            def start_and_show(first: int, stop: int) -> None:
-                start(first, stop)
-                if self.feed._batches is not None:
-                    self.feed._batches = waited(self.feed._batches)
-
-            self.feed.start = start_and_show  # type: ignore[method-assign]
-
-        def run(self, stop: Any) -> Any:
-            result = super().run(stop)
-            raise ProfileError(f"{result.stopped_by or 'the loop'} ended the run before {steps} steps were traced.")
-
-    return Loop
+    return take
 
 
-class _Trace:
-    """In the place of `jaxdl.trace.Trace`."""
+class _Tracer(Tracer):
+    """Traces as a profile wants it, and ends the run."""
 
-    def __init__(self, loop: Any, steps: int, folder: Path) -> None:
+    def __init__(self, loop: Loop, steps: int, folder: Path) -> None:
         n = loop.feed.steps_per_call
         self._loop = loop
         self._recorder = Recorder(steps, folder, lambda: jax.block_until_ready(loop.state), steps_per_call=n)

@@ -17,7 +17,8 @@ from jaxdl.profile.operations import Operation, read_operations
 from jaxdl.profile.peaks import Peaks, peaks_of
 from jaxdl.profile.result import StepProfile, counted, find, tables
 from jaxdl.profile.timeline import shares
-from jaxdl.profile.trace import INPUT, ProfileError, Trace, read
+from jaxdl.profile.trace import ProfileError, Trace, read
+from jaxdl.tracing import INPUT
 
 WARM_UP = 3
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxdl.errors import JaxdlError
+from jaxdl.tracing import INPUT
 
-INPUT = "jaxdl: next batch"
-"""The name of the host's annotation around the wait for a batch."""
 _DERIVED = {"XLA Modules", "Steps", "Framework Name Scope", "Framework Ops", "Source code", "XLA TraceMe"}
 _DERIVED |= {"TensorFlow Ops", "TensorFlow Name Scope", "Launch Stats"}
 _START, _STOP, _RECORD = (f"ThreadpoolListener::{name}" for name in ("StartRegion", "StopRegion", "Record"))

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+INPUT = "jaxdl: next batch"  # in a trace, what the loop does while it waits for a batch
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -17,7 +19,7 @@ class Profile:
     n_steps: int = 10
 
 
-class Trace:
+class Tracer:
     """Starts and stops the profiler.
 
     Args:
