@@ -23,7 +23,7 @@ prove: $(VENV)/.installed-test
 	$(RUN) -m tests.faults.prove_flips
 	$(RUN) -m tests.faults.prove_kill
 
-# Seven layouts of devices, five networks, 200 steps: one hash each; docs/exact.md keeps what it printed.
+# Nine layouts of devices and processes, five networks, 200 steps: one hash each; docs/exact.md keeps what it printed.
 prove-exact: $(VENV)/.installed-test
 	$(RUN) -m tests.prove_exact
 
