@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdl.models.checks import ModelError
-from jaxdl.models.patches import resize_positions
+from jaxdl.models.patches import PatchEmbed, resize_positions
 from jaxdl.models.text_encoder import Encoded
 from jaxdl.models.vit import ViT, vit_base, vit_block
 from jaxdl.paths import flatten
@@ -162,3 +162,19 @@ def test_the_published_size():
     model = vit_base(head="classify", n_outputs=1000)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3))))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 86_567_656
+
+
+def test_the_order_in_memory_that_a_gpu_is_told_changes_no_number(monkeypatch):
+    embed = PatchEmbed(vit_block(8, 2, 16), 2, 4, has_class_token=True, has_bias=True, has_norm=False)
+    image = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    variables = embed.init(jax.random.key(1), image)
+
+    def loss(variables):
+        return jnp.sum(embed.apply(variables, image) ** 2)
+
+    plain = jax.jit(jax.value_and_grad(loss))(variables)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.clear_caches()  # the platform is no part of a traced function's key
+    assert "layout_constraint" in str(jax.make_jaxpr(loss)(variables))
+    told = jax.jit(jax.value_and_grad(loss))(variables)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), told, plain)

@@ -4,9 +4,11 @@ Dimensions: `B` batch, `H` height, `W` width, `C` channels, `N` tokens, `D` widt
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxdl.choices import tell
 from jaxdl.models.block import Block, Norm
@@ -40,6 +42,7 @@ class PatchEmbed(nn.Module):
         patches = image_BHWC.reshape(B, H // P, P, W // P, P, C).transpose(0, 1, 3, 2, 4, 5).reshape(B, -1, P * P * C)
         patch_init = nn.initializers.lecun_normal()
         x_BND = nn.Dense(block.width, use_bias=self.has_bias, kernel_init=patch_init, **own, name="patch")(patches)
+        x_BND = _in_order(x_BND)
         if self.has_class_token:
             token_D = self.param("class_token", init, (block.width,), block.param_dtype).astype(x_BND.dtype)
             x_BND = jnp.concatenate([jnp.broadcast_to(token_D, (B, 1, block.width)), x_BND], axis=1)
@@ -53,6 +56,15 @@ class PatchEmbed(nn.Module):
         if self.has_norm:
             x_BND = Norm(block, name="norm")(x_BND)
         return dropout(x_BND, block.dropout_rate, train=train, name="dropout")
+
+
+def _in_order(x_BND: Array) -> Array:
+    """On a GPU, tokens of a row side by side: nothing here tells XLA so, and it would put rows side by side instead,
+    and transpose in front of every attention.
+    """
+    if jax.default_backend() != "gpu":
+        return x_BND
+    return with_layout_constraint(x_BND, Layout(major_to_minor=(0, 1, 2)))
 
 
 def resize_positions(table_ND: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
