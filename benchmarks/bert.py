@@ -231,7 +231,9 @@ def run(settings: Settings) -> list[Table]:
 
 
 def _rows(kind: str, sizes: dict[str, Any], steps: int, settings: Settings, directory: str) -> list[Competitor]:
-    rows = competitors("benchmarks.bert", sizes, settings, steps=steps, bare="bert" if kind == "last" else None)
+    rows = competitors(
+        "benchmarks.bert", sizes, settings, steps=steps, is_mapped=True, bare="bert" if kind == "last" else None
+    )
     if kind == "full":
         options = {"directory": directory, **sizes}
         rows.append(Competitor(TRAINER, "benchmarks.trainer:Trainer", options, {"steps": steps}))

@@ -76,7 +76,7 @@ def flops_per_step(width: int, n_heads: int, n_layers: int, vocab_size: int, len
 
 def run(settings: Settings) -> list[Table]:
     """One table."""
-    results = measure(competitors("benchmarks.gpt", SIZES, settings, steps=STEPS, bare="gpt"), settings)
+    results = measure(competitors("benchmarks.gpt", SIZES, settings, steps=STEPS, is_mapped=True, bare="gpt"), settings)
     title = (
         "GPT {n_layers} layers x {width}, length {length}, batch {batch_size}, vocabulary {vocab_size}: one "
         "training step".format(**SIZES)

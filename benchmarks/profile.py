@@ -36,14 +36,17 @@ def _spread(**more: Any) -> dict[str, Any]:
 
 WORKLOADS: dict[str, Workload] = {
     "mlp": Workload(mlp.Jaxdl, {"mode": "steps", "sizes": mlp.SIZES, "batch_size": mlp.BATCH_SIZE}, {"mode": "repeat"}),
-    "cnn": Workload(vision.JaxdlCNN, vision.CNN, _spread(steps_per_call=vision.CNN_CALL)),
-    "resnet": Workload(vision.JaxdlResNet, vision.RESNET, _spread()),
-    "gpt": Workload(gpt.Jaxdl, gpt.SIZES, _spread()),
+    "cnn": Workload(vision.JaxdlCNN, vision.CNN, _spread()),
+    "resnet": Workload(vision.JaxdlResNet, vision.RESNET, _spread(is_mapped=True)),
+    "gpt": Workload(gpt.Jaxdl, gpt.SIZES, _spread(is_mapped=True)),
     **{
         name.lower().split()[0]: Workload(recurrent.Jaxdl, {**options, **recurrent.SIZES}, _spread(is_mapped=True))
         for name, (options, _, _) in recurrent.WORKLOADS.items()
     },
-    **{f"bert-{kind}": Workload(bert.Jaxdl, {"kind": kind, **bert.SIZES}, _spread()) for kind in bert.KINDS},
+    **{
+        f"bert-{kind}": Workload(bert.Jaxdl, {"kind": kind, **bert.SIZES}, _spread(is_mapped=True))
+        for kind in bert.KINDS
+    },
 }
 
 
