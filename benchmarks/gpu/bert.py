@@ -36,5 +36,7 @@ class Jaxdl(JaxdlSide):
 class Torch(TorchSide):
     """`transformers.BertForSequenceClassification` with PyTorch's fused attention."""
 
+    network = "transformers' BertForSequenceClassification"
+
     def make(self, dtype: str, **sizes: int) -> tuple[Any, Any, list[dict[str, Any]]]:
         return bert.Torch.make(self, kind="full", **sizes)  # type: ignore[arg-type]

@@ -35,6 +35,8 @@ class Jaxdl(JaxdlSide):
 class Torch(TorchSide):
     """`torch.nn.LSTM`, which is cuDNN's on a GPU."""
 
+    network = "torch.nn.LSTM"
+
     def make(
         self, width: int, n_layers: int, length: int, batch_size: int, dtype: str
     ) -> tuple[Any, Any, list[dict[str, Any]]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.gpu.sides import peak_flops
 from benchmarks.gpu.workloads import Workload, verdicts
-from benchmarks.harness import Result, check_same_losses, fastest, speed_up, spread
+from benchmarks.harness import BenchmarkError, Result, check_same_losses, fastest, speed_up, spread
 from benchmarks.table import Table, not_run, ratio_cell, time_cell
 
 PREDICTIONS = Path(__file__).parent / "predictions.json"
@@ -30,13 +30,8 @@ def to_table(
       results: of `rounds.measure`.
       ceilings: of `ceilings.Ceilings`.
       is_tiny: the sizes are small, of which no plan was made.
-
-    Raises:
-      BenchmarkError: the competitors compute different losses.
     """
     sizes = workload.sizes_of(is_tiny)
-    ran = [result for result in results if not result.failure]
-    difference = None if workload.tolerance is None else check_same_losses(ran, workload.tolerance)
     theirs = [result for result in results if result.name.startswith("PyTorch")] or list(results[:1])
     best, planned = fastest(theirs), {} if is_tiny else predictions().get(name, {})
     flops = next((r.facts["model_flops"] for r in results if "model_flops" in r.facts), None)
@@ -52,13 +47,29 @@ def to_table(
         cells = [f"{rate.median:,.0f}", time_cell(spread(result.seconds)), ratio_cell(speed_up(result, best))]
         cells += [_mfu(result, flops, ceilings), _gib(result.facts.get("peak_bytes"))]
         table.rows.append([result.name, *cells, *plan, f"{result.facts['warm_up_s']:.0f} s"])
-    if difference is not None and len(ran) > 1:
-        allowed = workload.tolerance
-        table.notes.append(f"First losses agree to {difference:.0e} (allowed {allowed:.0e}).")
+    if workload.tolerance is not None:
+        table.notes.append(other_maths(results, workload.tolerance) or _agreement(results, workload.tolerance))
     table.notes += ["PyTorch is not compiled at this size."] if is_tiny else verdicts(workload, results)
+    if network := next((r.facts["network"] for r in results if "network" in r.facts), None):
+        table.notes.append(f"PyTorch's network: {network}.")
     if choices := next((r.facts["choices"] for r in results if "choices" in r.facts), None):
         table.notes.append(f"jaxdl chose: {'; '.join(choices)}.")
     return table
+
+
+def other_maths(results: Sequence[Result], tolerance: float | None) -> str | None:
+    """None, or that the competitors compute different losses: the figures are shown, and compare different work."""
+    try:
+        check_same_losses([] if tolerance is None else results, tolerance or 0.0)
+    except BenchmarkError as error:
+        return f"**Not the same work:** {error}"
+    return None
+
+
+def _agreement(results: Sequence[Result], tolerance: float) -> str:
+    if sum(not result.failure for result in results) < 2:
+        return "First losses: nothing to compare."
+    return f"First losses agree to {check_same_losses(results, tolerance):.0e} (allowed {tolerance:.0e})."
 
 
 def _mfu(result: Result, flops: float | None, ceilings: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.gpu import rounds
-from benchmarks.gpu.report import ceilings_note, head, to_table
+from benchmarks.gpu.report import ceilings_note, head, other_maths, to_table
 from benchmarks.gpu.workloads import WORKLOADS
 from benchmarks.harness import BenchmarkError, Child, Competitor, Result
 from benchmarks.table import Table
@@ -59,10 +59,8 @@ def _measured(name: str, deadline: float, options: Any, ceilings: Mapping[str, A
         note = lambda text: _tell(f"  {text}")  # noqa: E731
         results = rounds.measure(competitors, deadline, note, 1 if options.tiny else rounds.MOST_ROUNDS)
     failed = any(result.failure and not result.failure.startswith(rounds.OUT_OF_TIME) for result in results)
-    try:
-        return to_table(name, workload, results, ceilings, options.tiny), failed
-    except BenchmarkError as error:
-        return Table(name, ["", "not measured"], [["**failed**", str(error)]], results=results), True
+    failed |= other_maths(results, workload.tolerance) is not None
+    return to_table(name, workload, results, ceilings, options.tiny), failed
 
 
 def _ceilings(facts: dict[str, str]) -> Mapping[str, Any]:

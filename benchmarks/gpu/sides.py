@@ -157,11 +157,16 @@ def model_flops(parts: Parts) -> int:
 class Torch:
     """PyTorch's usual loop with fused AdamW, its model and loss under `torch.compile` and autocast.
 
+    Attributes:
+      network: whose it is.
+
     Args:
       is_compiled: see above.
       attention: a name of `torch.nn.attention.SDPBackend` that is forced; None leaves the choice to PyTorch.
       sizes: of the workload.
     """
+
+    network = "the benchmark's own"
 
     def __init__(self, is_compiled: bool = True, attention: str | None = None, **sizes: Any) -> None:
         import torch
@@ -185,14 +190,14 @@ class Torch:
     make: Callable[..., tuple[Any, Any, list[dict[str, Any]]]]
 
     def warm_up(self) -> dict[str, Any]:
-        """Compiles and makes N_LOSSES updates; returns `first_losses`."""
+        """Compiles and makes N_LOSSES updates; returns `first_losses`, and `network`."""
         import torch
 
         losses = [float(self._step()) for _ in range(N_LOSSES)]
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.empty_cache()
-        return {"first_losses": losses}
+        return {"first_losses": losses, "network": self.network}
 
     def _step(self) -> Any:
         import torch

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.gpu.published import resnet50, vit
 from benchmarks.gpu.sides import Jaxdl, Parts, Torch, draw_images, to_torch
 from benchmarks.weights import draw, fill_module
 
@@ -39,7 +40,7 @@ class JaxdlViT(Jaxdl):
 
 
 class TorchViT(Torch):
-    """The same network; queries, keys and values are one product."""
+    """timm's network where it is installed, else the same in short; queries, keys and values are one product."""
 
     def make(
         self,
@@ -59,7 +60,16 @@ class TorchViT(Torch):
         model = ViT(width, n_heads, n_layers, image_size, patch_size, n_classes)
         fill_module(model)
         model.add_class_token(torch.from_numpy(draw("embed/class_token", (width,))))
-        return _sides(model.fuse().to(self.device), to_torch(draw_images(image_size, n_classes, batch_size)))
+        model, rows = model.fuse(), to_torch(draw_images(image_size, n_classes, batch_size))
+        if published := vit(model, image_size, n_heads):
+            model, rows = published, _channels_first(rows)
+            self.network = "timm's VisionTransformer"
+        return _sides(model.to(self.device), rows)
+
+
+def _channels_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """NCHW to the eye; in memory the channels stay last."""
+    return [{**row, "image": row["image"].permute(0, 3, 1, 2)} for row in rows]
 
 
 def _sides(model: Any, batches: list[dict[str, Any]]) -> tuple[Any, Any, list[dict[str, Any]]]:
@@ -85,7 +95,7 @@ class JaxdlResNet(Jaxdl):
 
 
 class TorchResNet(Torch):
-    """The same network, channels last."""
+    """torchvision's network where it is installed, else the same in short; channels last."""
 
     def make(
         self, stage_sizes: Sequence[int], width: int, image_size: int, n_classes: int, batch_size: int, dtype: str
@@ -96,6 +106,7 @@ class TorchResNet(Torch):
 
         model: Any = ResNet(stage_sizes, width, n_classes)
         fill_module(model)
-        rows = to_torch(draw_images(image_size, n_classes, batch_size))
-        rows = [{**row, "image": row["image"].permute(0, 3, 1, 2)} for row in rows]  # NHWC in memory: channels last
+        rows = _channels_first(to_torch(draw_images(image_size, n_classes, batch_size)))
+        if tuple(stage_sizes) == (3, 4, 6, 3) and width == 64 and (published := resnet50(model)):
+            model, self.network = published, "torchvision's resnet50"
         return _sides(model.to(self.device, memory_format=torch.channels_last), rows)
