@@ -56,7 +56,7 @@ $(VENV)/.installed-bench: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-gpu: pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --editable '.[cuda,bench]'
+	$(RUN) -m pip install --quiet --editable '.[bench-gpu]'
 	touch $@ $(VENV)/.installed
 
 # A short selection on the newest JAX that the given Python can have, in an environment of its own.

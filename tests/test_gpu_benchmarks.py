@@ -164,6 +164,20 @@ def test_the_kept_predictions_are_of_these_sizes():
             assert (told["sizes"], told["options"]) == (workload.sizes, own), f"{name}: run benchmarks.gpu.predict"
 
 
+def test_the_kept_programs_multiply_in_bfloat16_call_cudnn_and_reuse_the_state():
+    kept = json.loads(report.PREDICTIONS.read_text())["workloads"]
+    layers = {"gpt": 12, "vit": 12, "bert": 6}
+    for name, told in ((name, told) for name, rows in kept.items() for told in rows.values()):
+        if w.WORKLOADS[name].sizes["dtype"] == "bfloat16":
+            assert told["products"].get("float32", 0) < 1e-3 * told["products"]["bfloat16"], name
+        if name in layers:
+            found = {target: n for target, n in told["calls"].items() if "fmha" in target}
+            assert set(found.values()) == {layers[name]}, name
+            assert any(target.endswith("Backward") for target in found), name
+        # what is not reused is the batch: at most 256 images and their labels
+        assert told["state_bytes"] - told["aliased_bytes"] < 1.01 * 256 * (224 * 224 * 3 * 4 + 4), name
+
+
 def test_a_prediction_counts_operations_and_calls():
     told = predict.predict("gpt:Jaxdl", {**w.GPT.tiny, "n_layers": 1}, "cpu:1")
     n, width, length, layers, vocab = 2 * 16, 32, 16, 1, 256
