@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxdl.models.checks import check, check_images, count_problem, counts_problem, rate_problem
+from jaxdl.models.convolution import convolution
 from jaxdl.models.layers import Dtype, drop_path, head, make_activation, make_norm
 
 
@@ -163,8 +164,8 @@ _kernel_init = nn.initializers.truncated_normal(0.02)
 
 def _patches(x: Array, features: int, size: int, name: str, dtype: Dtype, param_dtype: Dtype) -> Array:
     conv = nn.Conv(
-        features, (size, size), (size, size), "VALID",
-        kernel_init=_kernel_init, dtype=dtype, param_dtype=param_dtype, name=name,
+        features, (size, size), (size, size), ((0, 0), (0, 0)),
+        kernel_init=_kernel_init, dtype=dtype, param_dtype=param_dtype, name=name, conv_general_dilated=convolution,
     )  # fmt: skip
     return conv(x)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxdl.models.checks import ModelError, check, name_problem
+from jaxdl.models.convolution import convolution
 
 Dtype = Any
 NormFn = Callable[..., Array]
@@ -233,6 +234,7 @@ def conv(
     module = nn.Conv(
         features, (size, size), (strides, strides), ((size // 2, size // 2),) * 2,
         use_bias=use_bias, kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, name=name,
+        conv_general_dilated=convolution,
     )  # fmt: skip
     return module(x)
 
