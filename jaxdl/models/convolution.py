@@ -37,7 +37,7 @@ def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: Any, *
       >>> convolution(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)), (2, 2), ((1, 1), (1, 1))).shape
       (1, 2, 2, 5)
     """
-    usual = {"dimension_numbers": (None, _NUMBERS, _LAYOUT), "feature_group_count": (1,)}
+    usual: dict[str, tuple[Any, ...]] = {"dimension_numbers": (None, _NUMBERS, _LAYOUT), "feature_group_count": (1,)}
     usual |= {"lhs_dilation": (None, (1, 1)), "rhs_dilation": (None, (1, 1)), "batch_group_count": (1,)}
     is_usual = all(value in usual.get(name, (None,)) for name, value in options.items())
     if not is_usual or x.ndim != 4 or isinstance(padding, str) or jax.default_backend() != "cpu":
