@@ -30,6 +30,7 @@ from jaxdl.data.text import Tokenizer
 ROOT = Path(__file__).parents[1]
 TEXT = sorted((ROOT / "configs").glob("minilm_*.py"))
 IMAGES = sorted((ROOT / "configs").glob("fashion_shoes_*.py"))
+QUICK = ("minilm_full", "minilm_lora", "minilm_qlora", "fashion_shoes_full", "fashion_shoes_lora")
 GOOD, BAD = ("a fine film", "great fun", "it moves and delights"), ("a dull film", "no fun", "it bores and annoys")
 LABELS = {"good": GOOD, "bad": BAD}
 
@@ -100,7 +101,13 @@ def run_images(flags):
     return run_command(finetune_images.Config, finetune_images.experiment, flags)
 
 
-@pytest.mark.parametrize("config", TEXT, ids=lambda path: path.stem)
+def proofs(files):
+    """Parameters of a test: the configurations that are not quick are left to `make prove`."""
+    quick, proof = (), pytest.mark.proof
+    return [pytest.param(file, id=file.stem, marks=quick if file.stem in QUICK else proof) for file in files]
+
+
+@pytest.mark.parametrize("config", proofs(TEXT))
 def test_the_text_config_runs_and_leaves_a_model_behind(config, folder, reviews, tmp_path, capsys):
     out = tmp_path / "run"
     assert run_text(text_flags(config, folder, reviews, out)) == 0
@@ -121,7 +128,7 @@ def test_the_text_config_runs_and_leaves_a_model_behind(config, folder, reviews,
     assert (out / "adapter" / "adapter_config.json").exists() == ("lora" in config.stem)
 
 
-@pytest.mark.parametrize("config", IMAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", proofs(IMAGES))
 def test_the_image_config_runs_on_an_earlier_run(config, base_run, tmp_path, capsys):
     flags = {"data.name": "digits", "base": base_run, "out": tmp_path / "run", "loop.length": 4, "optimizer.warmup": 1}
     flags |= {"data.batch_size": 32, "data.flip": "false", "parallel.mesh": "data=1"}

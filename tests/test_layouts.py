@@ -183,7 +183,13 @@ def flops_of(compiled):
 
 
 @pytest.mark.parametrize(
-    ("layout", "microbatches"), [*((name, 1) for name in MESHES), ("jit", 2), ("fsdp x tensor", 2)]
+    ("layout", "microbatches"),
+    [
+        ("fsdp", 1),
+        ("fsdp x tensor", 2),
+        *(pytest.param(*case, marks=pytest.mark.proof) for case in (("jit", 1), ("tensor", 1), ("fsdp x tensor", 1))),
+        *(pytest.param(*case, marks=pytest.mark.proof) for case in (("sequence", 1), ("jit", 2))),
+    ],
 )
 def test_eight_devices_share_the_work_of_one(layout, microbatches):
     step, state, batch, alone = wide_gpt(microbatches)
