@@ -2,6 +2,7 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,3 +58,15 @@ def test_no_convolution_of_a_loop_has_another_layout(microbatches):
     layouts = re.findall(r"dim_labels=(\S+?)[,\s]", text)
     assert len(layouts) > 4
     assert set(layouts) == {"b01f_01io->b01f"}
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_a_module_of_flax_gets_it_with_its_own_words_for_padding(padding):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 8, 3), np.float32))
+    ours = nn.Conv(4, (3, 3), 2, padding=padding, conv_general_dilated=convolution)
+    theirs = nn.Conv(4, (3, 3), 2, padding=padding)
+    params = theirs.init(jax.random.key(0), x)
+    grads = [jax.grad(lambda params, m=m: (m.apply(params, x) ** 2).sum())(params) for m in (ours, theirs)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *grads)
+    text = jax.jit(jax.grad(lambda params: (ours.apply(params, x) ** 2).sum())).lower(params).as_text("hlo")
+    assert set(re.findall(r"dim_labels=(\S+?)[,\s]", text)) == {"b01f_01io->b01f"}

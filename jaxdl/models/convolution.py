@@ -27,7 +27,7 @@ def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: Any, *
       x: (B, H, W, C).
       kernel: (h, w, C, O).
       strides: in height and width.
-      padding: a pair (before, after) for height and for width.
+      padding: a pair (before, after) for height and for width, or "SAME" or "VALID".
       options: of `jax.lax.conv_general_dilated`.
 
     Returns:
@@ -40,9 +40,11 @@ def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: Any, *
     usual: dict[str, tuple[Any, ...]] = {"dimension_numbers": (None, _NUMBERS, _LAYOUT), "feature_group_count": (1,)}
     usual |= {"lhs_dilation": (None, (1, 1)), "rhs_dilation": (None, (1, 1)), "batch_group_count": (1,)}
     is_usual = all(value in usual.get(name, (None,)) for name, value in options.items())
-    if not is_usual or x.ndim != 4 or isinstance(padding, str) or jax.default_backend() != "cpu":
+    if not is_usual or x.ndim != 4 or jax.default_backend() != "cpu":
         options.setdefault("dimension_numbers", _LAYOUT)
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     (top, bottom), (left, right) = padding
     return _convolve(x, kernel, (strides[0], strides[1]), ((top, bottom), (left, right)))
 
