@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdl.errors import JaxdlError
+from jaxdl.label_scores import score_labels
 from jaxdl.metrics import Mean, mean
 from jaxdl.paths import Tree
 
@@ -113,13 +114,14 @@ def cross_entropy(
       True
     """
     _check_cross_entropy(logits_BC, labels_B, label_smoothing, class_weights, focal_gamma)
-    logits_BC = logits_BC.astype(jnp.float32)
-    log_z_B = jax.nn.logsumexp(logits_BC, -1)
     if labels_B.ndim == logits_BC.ndim or label_smoothing or class_weights is not None:
+        logits_BC = logits_BC.astype(jnp.float32)
+        log_z_B = jax.nn.logsumexp(logits_BC, -1)
         target_BC = _soft(labels_B, logits_BC, label_smoothing)
         loss_B = log_z_B * jnp.sum(target_BC, -1) - jnp.sum(target_BC * logits_BC, -1)
     else:
-        loss_B = log_z_B - _at_labels(logits_BC, labels_B)
+        log_z_B, at_label_B, _ = score_labels(logits_BC, labels_B)
+        loss_B = log_z_B - at_label_B
     if focal_gamma:
         wrong_B = jnp.maximum(1.0 - jnp.exp(-loss_B), 1e-12)  # the derivative of 0**gamma is infinite below gamma = 1
         loss_B = loss_B * wrong_B**focal_gamma
@@ -131,27 +133,6 @@ def cross_entropy(
         )
         weight = row_B if weight is None else row_B * weight
     return mean(loss_B, weight)
-
-
-def _at_labels(logits_BC: Array, labels_B: Array) -> Array:
-    """The logit of each label. Off a CPU with a gradient that XLA fuses: that of a gather copies all logits twice."""
-    gather = _gather if jax.default_backend() == "cpu" else _gather_fused
-    return gather(logits_BC, labels_B)
-
-
-def _gather(logits_BC: Array, labels_B: Array) -> Array:
-    return jnp.take_along_axis(logits_BC, labels_B[..., None], -1)[..., 0]
-
-
-_gather_fused = jax.custom_jvp(_gather)
-
-
-@_gather_fused.defjvp
-def _gather_fused_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
-    (logits_BC, labels_B), (change_BC, _) = primals, tangents
-    classes_BC = jax.lax.broadcasted_iota(labels_B.dtype, logits_BC.shape, logits_BC.ndim - 1)
-    labels_B = jnp.where(labels_B < 0, labels_B + logits_BC.shape[-1], labels_B)  # as a gather reads it
-    return _gather(*primals), jnp.sum(jnp.where(classes_BC == labels_B[..., None], change_BC, 0.0), -1)
 
 
 def _soft(labels_B: Array, logits_BC: Array, label_smoothing: float) -> Array:

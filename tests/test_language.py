@@ -12,7 +12,7 @@ from jaxdl import choices, losses
 from jaxdl.models import MLP, ModelError
 from jaxdl.models.apply import init_model
 from jaxdl.models.gpt2 import GPT2, gpt2_block
-from jaxdl.models.language import _is_likeliest, make_language_loss_fn
+from jaxdl.models.language import make_language_loss_fn
 from jaxdl.models.llama import Llama, llama_block
 from jaxdl.optim import make_optimizer
 from jaxdl.parallel import make_mesh
@@ -86,14 +86,6 @@ def test_sums_against_a_loop():
     np.testing.assert_allclose(out.sums["perplexity"].finish(), math.exp(nats / weight), rtol=1e-4)
     np.testing.assert_allclose(out.sums["bits_per_byte"].finish(), nats / math.log(2) / 90, rtol=1e-5)
     assert float(out.total) > nats
-
-
-def test_the_likeliest_is_argmax_among_ties_too():
-    logits = jnp.asarray(np.random.default_rng(0).integers(0, 3, (4, 50, 7)), jnp.float32)
-    for target in range(7):
-        targets = jnp.full((4, 50), target)
-        assert bool(jnp.array_equal(_is_likeliest(logits, targets), jnp.argmax(logits, -1) == targets))
-    assert not bool(_is_likeliest(logits.at[0, 0, 6].set(jnp.nan), jnp.zeros((4, 50), int))[0, 0])
 
 
 def test_padding_of_packed_rows_weighs_nothing():

@@ -225,7 +225,7 @@ def test_the_padding_of_the_vocabulary_is_cut_off_and_never_moves():
     assert bool(jnp.all(jnp.any(grad[:130] != 0, -1)))
 
 
-def test_tied_logits_of_bfloat16_are_float32_and_their_gradients_products_of_bfloat16():
+def test_tied_logits_of_bfloat16_come_as_float32_and_their_gradients_products_of_bfloat16():
     embed = Embed(Block(width=16, n_heads=2, hidden=16, dtype=jnp.bfloat16), vocab_size=130)
     params = embed.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))["params"]
     x, weight = jax.random.normal(jax.random.key(1), (3, 16)), jax.random.normal(jax.random.key(2), (3, 130))

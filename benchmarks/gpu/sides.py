@@ -66,7 +66,7 @@ class Jaxdl:
         from jaxdl.choices import heard
 
         with heard() as choices:
-            step, self.state = make_step(self.parts), self._start()
+            step, self.state = make_step(self.parts), self.start()
             numbers = range(len(next(iter(self.parts.batches.values()))))
             self.batches = [jax.device_put({k: v[i] for k, v in self.parts.batches.items()}) for i in numbers]
             self.call = jax.jit(step, donate_argnums=0).lower(self.state, self.batches[0]).compile()
@@ -83,7 +83,7 @@ class Jaxdl:
             "choices": list(dict.fromkeys(choices)),
         }
 
-    def _start(self) -> Any:
+    def start(self) -> Any:
         import jax
 
         from jaxdl import create_state
