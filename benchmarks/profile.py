@@ -36,7 +36,7 @@ def _spread(**more: Any) -> dict[str, Any]:
 
 WORKLOADS: dict[str, Workload] = {
     "mlp": Workload(mlp.Jaxdl, {"mode": "steps", "sizes": mlp.SIZES, "batch_size": mlp.BATCH_SIZE}, {"mode": "repeat"}),
-    "cnn": Workload(vision.JaxdlCNN, vision.CNN, _spread()),
+    "cnn": Workload(vision.JaxdlCNN, vision.CNN, _spread(is_mapped=True)),
     "resnet": Workload(vision.JaxdlResNet, vision.RESNET, _spread(is_mapped=True)),
     "gpt": Workload(gpt.Jaxdl, gpt.SIZES, _spread(is_mapped=True)),
     **{

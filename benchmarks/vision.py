@@ -29,6 +29,7 @@ RESNET: dict[str, Any] = {"width": 64, "norm": "group", "size": 32, "n_channels"
 LAST = {"PyTorch eager, channels last": {"channels_last": True}}
 LAST_COMPILED = {"PyTorch torch.compile, channels last": {"channels_last": True, "is_compiled": True}}
 CNN_STEPS, RESNET_STEPS, RESNET_TOLERANCE = 30, 1, 1e-3  # steps of a round
+CNN_STEPS_PER_CALL = 10  # of `repeat`
 
 
 def make_batches(size: int, n_channels: int, batch_size: int) -> dict[str, np.ndarray]:
@@ -149,6 +150,7 @@ def resnet_flops(width: int, norm: str, size: int, n_channels: int, batch_size: 
 def run_cnn(settings: Settings) -> list[Table]:
     """The table of the small CNN."""
     own: Any = {"steps": CNN_STEPS, "bare": "cnn", "keras": "cnn"}
+    own |= {"is_mapped": True, "steps_per_call": CNN_STEPS_PER_CALL}
     last = LAST | LAST_COMPILED
     rows = competitors("benchmarks.vision", CNN, settings, suffix="CNN", torch_variants=last, **own)
     title = "CNN {features}, {size}x{size}x{n_channels}, batch {batch_size}: one training step".format(**CNN)

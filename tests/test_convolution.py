@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 from jaxdl import create_state, make_train_step, repeat
+from jaxdl.models import convolution as convolution_module
 from jaxdl.models.convolution import convolution
 from tests import small_networks
 
@@ -20,10 +21,7 @@ def reference(x, kernel, strides, pads):
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=LAYOUT)
 
 
-@pytest.mark.parametrize("size", [(5, 5), (6, 9), (8, 7)])
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)])
-@pytest.mark.parametrize(("reach", "pad"), [(1, 0), (3, 1), (3, 0), (2, 0), (7, 3), (4, 1)])
-def test_values_and_gradients_are_those_of_xla(size, strides, reach, pad):
+def check_against_xla(size, strides, reach, pad):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, *size, 3), np.float32))
     kernel = jnp.asarray(rng.standard_normal((reach, reach, 3, 4), np.float32))
@@ -37,6 +35,27 @@ def test_values_and_gradients_are_those_of_xla(size, strides, reach, pad):
     for mine, other in zip(back(dy), their_back(dy), strict=True):
         assert np.abs(other).max() > 0
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(5, 5), (6, 9), (8, 7)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("reach", "pad"), [(1, 0), (3, 1), (2, 0), (7, 3), (4, 1)])
+def test_values_and_gradients_are_those_of_xla(size, strides, reach, pad):
+    check_against_xla(size, strides, reach, pad)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (3, 2)])
+@pytest.mark.parametrize(("reach", "pad"), [(1, 0), (3, 1), (2, 4)])
+def test_the_gradient_of_a_kernel_is_the_sum_over_parts_of_the_rows(monkeypatch, strides, reach, pad):
+    monkeypatch.setattr(convolution_module, "_NARROW", 0)
+    monkeypatch.setattr(convolution_module, "_CACHED", 1)
+    convolution_module._by_convolutions.clear_cache()
+    check_against_xla((6, 9), strides, reach, pad)
+    text = convolution_module._by_convolutions.lower(
+        jnp.ones((2, 6, 6, 3)), jnp.ones((2, 6, 6, 4)), (3, 3), (1, 1), ((1, 1), (1, 1))
+    ).as_text("hlo")
+    assert len(re.findall(r" convolution\(", text)) == 6  # one for each row
+    convolution_module._by_convolutions.clear_cache()
 
 
 @pytest.mark.parametrize("options", [{"feature_group_count": 3}, {"rhs_dilation": (2, 2)}, {"lhs_dilation": (2, 2)}])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdl.models import ModelError, conv, drop_path, dropout, head, make_activation, make_norm
+from jaxdl.models import ModelError, conv, drop_path, dropout, group_norm, head, make_activation, make_norm
 from jaxdl.models.checks import check, check_images, count_problem, counts_problem, rate_problem
 from jaxdl.models.layers import ACTIVATIONS
 
@@ -53,6 +53,32 @@ def test_norms_are_their_formula(kind, train, kwargs, shape, axes):
     y, variables = norm_of(kind, jnp.asarray(X, jnp.float32), train=train, **kwargs)
     np.testing.assert_allclose(y, standardized(X.reshape(shape), axes).reshape(X.shape), atol=2e-5)
     assert ("batch_stats" in variables) == (kind == "batch")
+
+
+@pytest.mark.parametrize("road", [group_norm._normalize, group_norm._normalize_plainly], ids=["written", "derived"])
+@pytest.mark.parametrize("n_groups", [1, 2, 8])
+def test_the_gradient_of_a_group_norm_is_that_of_its_formula(road, n_groups):
+    rng = np.random.default_rng(3)
+    x, weights = (jnp.asarray(rng.normal(1.0, 2.0, (3, 6, 8)), jnp.float32) for _ in range(2))
+    scale, bias = (jnp.asarray(rng.normal(size=8), jnp.float32) for _ in range(2))
+
+    def formula(x, scale, bias):
+        grouped = x.reshape(3, 6, n_groups, -1)
+        around = grouped - grouped.mean((1, 3), keepdims=True)
+        y = around / jnp.sqrt((around**2).mean((1, 3), keepdims=True) + 1e-5)
+        return (weights * (y.reshape(x.shape) * scale[None, None] + bias[None, None])).sum()
+
+    ours = jax.grad(lambda *a: (weights * road(*a, n_groups, 1e-5)).sum(), (0, 1, 2))(x, scale, bias)
+    for mine, other in zip(ours, jax.grad(formula, (0, 1, 2))(x, scale, bias), strict=True):
+        assert jnp.abs(other).max() > 0.1
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=2e-5)
+
+
+def test_a_group_norm_of_bfloat16_sums_in_float32():
+    x = jnp.full((1, 64, 64, 2), 100.0, jnp.bfloat16).at[0, 0].add(64.0)  # a bfloat16 sum would stop at 32768
+    y = group_norm.GroupNorm(1, dtype=jnp.bfloat16).init_with_output(jax.random.key(0), x)[0]
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y[0, 0, 0, 0], 63**0.5, rtol=1e-2)
 
 
 def test_batch_norm_in_evaluation_uses_its_running_statistics():

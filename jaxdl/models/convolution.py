@@ -4,15 +4,20 @@ Dimensions: `B` batch, `H` height, `W` width, `C` channels in, `O` channels out.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_NARROW = 32  # inputs of a kernel: height, width and channels
+_CACHED, _MOST_PARTS = 2**19, 16  # bytes, convolutions
 _NUMBERS = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), _LAYOUT)
 
 
@@ -65,14 +70,57 @@ def _backward(strides: tuple[int, int], pads: Pads, kept: tuple[Array, Array], d
     reach, size = kernel.shape[:2], x.shape[1:3]
     before = [reach[i] - 1 - pads[i][0] for i in (0, 1)]
     of_x = [(before[i], size[i] + reach[i] - 1 - whole[i] - before[i]) for i in (0, 1)]
-    of_kernel = [(pads[i][0], whole[i] + reach[i] - 1 - size[i] - pads[i][0]) for i in (0, 1)]
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)  # (h, w, O, C)
     dx = lax.conv_general_dilated(dy, turned, (1, 1), of_x, lhs_dilation=strides, dimension_numbers=_LAYOUT)
-    x_CHWB, dy_HWBO = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
-    dk = lax.conv_general_dilated(
-        x_CHWB, dy_HWBO, (1, 1), of_kernel, rhs_dilation=strides, dimension_numbers=_LAYOUT
-    )  # (C, h, w, O)
-    return dx, dk.transpose(1, 2, 0, 3)
+    is_narrow = math.prod(kernel.shape[:3]) <= _NARROW
+    # As a function of its own: else XLA makes x and dy again, in another order of memory, from what they are made of.
+    with set_xla_metadata(inlineable="false"):
+        return dx, (_by_product if is_narrow else _by_convolutions)(x, dy, reach, strides, pads)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _by_product(x: Array, dy: Array, reach: tuple[int, int], strides: tuple[int, int], pads: Pads) -> Array:
+    """The gradient of a kernel of few inputs: what each number of it meets, times `dy`."""
+    x_CBHW = jnp.pad(x, ((0, 0), *pads, (0, 0))).transpose(3, 0, 1, 2)
+    spans = [(dy.shape[1 + i] - 1) * strides[i] + 1 for i in (0, 1)]
+    places = itertools.product(range(reach[0]), range(reach[1]))
+    met = [x_CBHW[:, :, i : i + spans[0] : strides[0], j : j + spans[1] : strides[1]] for i, j in places]
+    n_outputs = dy.shape[-1]
+    dk = jnp.stack(met).reshape(-1, dy[..., 0].size) @ dy.reshape(-1, n_outputs)
+    return dk.reshape(*reach, x.shape[-1], n_outputs)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _by_convolutions(x: Array, dy: Array, reach: tuple[int, int], strides: tuple[int, int], pads: Pads) -> Array:
+    """The gradient of a kernel: x convolved with `dy`, where the batch is what is summed over.
+
+    Columns and channels of x are one axis, over which the convolution steps from column to column: so it makes the
+    numbers of all channels in one, and in the order of the kernel. It is done a few rows of `dy` at a time, as many as
+    the cache of a core holds.
+    """
+    (n_rows, n_columns, n_channels), n_outputs = x.shape[1:], dy.shape[-1]
+    x_1HWB = x.transpose(1, 2, 3, 0).reshape(1, n_rows, n_columns * n_channels, -1)
+    dy_HWBO = dy.transpose(1, 2, 0, 3)
+    after = (dy.shape[2] - 1) * strides[1] + reach[1] - n_columns - pads[1][0]
+    columns = (pads[1][0] * n_channels, after * n_channels)
+    step = max(1, _CACHED * len(dy_HWBO) // dy.nbytes, -(-len(dy_HWBO) // _MOST_PARTS))
+    parts = [jnp.zeros((1, reach[0], reach[1] * n_channels, n_outputs), jnp.promote_types(x.dtype, jnp.float32))]
+    for i in range(0, len(dy_HWBO), step):
+        part = dy_HWBO[i : i + step]
+        first = i * strides[0] - pads[0][0]
+        end = first + (len(part) - 1) * strides[0] + reach[0]
+        if end <= 0 or first >= n_rows:
+            continue  # it meets padding only
+        rows = (max(-first, 0), max(end - n_rows, 0))
+        parts.append(
+            lax.conv_general_dilated(
+                x_1HWB[:, max(first, 0) : min(end, n_rows)], part, (1, 1), (rows, columns),
+                rhs_dilation=(strides[0], strides[1] * n_channels), dimension_numbers=_LAYOUT,
+                preferred_element_type=parts[0].dtype,
+            )
+        )  # fmt: skip
+    dk_1HWO = functools.reduce(jnp.add, parts)
+    return dk_1HWO.reshape(*reach, n_channels, n_outputs).astype(x.dtype)
 
 
 _convolve.defvjp(_forward, _backward)

@@ -15,6 +15,7 @@ from jax import Array
 
 from jaxdl.models.checks import ModelError, check, name_problem
 from jaxdl.models.convolution import convolution
+from jaxdl.models.group_norm import GroupNorm
 
 Dtype = Any
 NormFn = Callable[..., Array]
@@ -78,7 +79,7 @@ def _group_norm(
         raise ModelError(
             f"{name}: each of {n} groups holds a single value, which a norm turns into 0; use fewer groups."
         )
-    return nn.GroupNorm(num_groups=n, name=name, scale_init=_scale_init(zero_scale), **kw)(x)
+    return GroupNorm(n, name=name, scale_init=_scale_init(zero_scale), **kw)(x)
 
 
 def _layer_norm(x: Array, *, train: bool, name: str, zero_scale: bool = False, **kw: Any) -> Array:
