@@ -88,6 +88,7 @@ def _is_likeliest(logits_BC: Array, labels_B: Array) -> Array:
 # ---- one pass ----
 
 _LEAST = np.finfo(np.float32).min
+_MOST_CLASSES = 4096  # that XLA sums as one piece
 
 
 @jax.custom_jvp
@@ -100,9 +101,22 @@ def _in_one_pass(logits_BC: Array, labels_B: Array) -> LabelScores:
     beats_BC = (wide_BC > own_B1) | ((wide_BC == own_B1) & is_earlier_BC)
     operands = (jnp.maximum(wide_BC, _LEAST), jnp.ones_like(wide_BC), beats_BC)  # of two -inf the difference is NaN
     starts = (jnp.asarray(_LEAST), jnp.asarray(0.0, jnp.float32), jnp.asarray(False))
-    best_B, sum_B, is_beaten_B = lax.reduce(operands, starts, _joined, (logits_BC.ndim - 1,))
-    log_z_B = best_B + jnp.log(sum_B)
-    return LabelScores(log_z_B, at_label_B, ~(is_beaten_B | jnp.isnan(log_z_B - at_label_B)))
+    pieces = tuple(x.reshape(*x.shape[:-1], _n_pieces(x.shape[-1]), -1) for x in operands)
+    best_BP, sum_BP, is_beaten_BP = lax.reduce(pieces, starts, _joined, (logits_BC.ndim,))
+    best_B1 = jnp.max(best_BP, -1, keepdims=True)
+    log_z_B = best_B1[..., 0] + jnp.log(jnp.sum(sum_BP * jnp.exp(best_BP - best_B1), -1))
+    return LabelScores(log_z_B, at_label_B, ~(jnp.any(is_beaten_BP, -1) | jnp.isnan(log_z_B - at_label_B)))
+
+
+def _n_pieces(n_classes: int) -> int:
+    """In how many equal pieces to sum, of at most `_MOST_CLASSES` where that can be.
+
+    Example:
+      >>> _n_pieces(1000), _n_pieces(50304), _n_pieces(50257), _n_pieces(99991)
+      (1, 16, 29, 1)
+    """
+    least = -(-n_classes // _MOST_CLASSES)
+    return next((n for n in range(least, min(1024, n_classes) + 1) if n_classes % n == 0), 1)
 
 
 def _joined(a: Any, b: Any) -> Any:

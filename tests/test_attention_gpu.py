@@ -7,6 +7,8 @@ import pytest
 
 from jaxdl.models.attention import Sight, attend
 from jaxdl.models.gpt2 import GPT2, gpt2_block
+from jaxdl.models.transformer import Stack
+from jaxdl.models.vit import ViT, vit_block
 
 RNG = np.random.default_rng(0)
 
@@ -72,3 +74,39 @@ def test_a_decoder_says_whether_its_mask_hides_more_than_the_future(calls, monke
             model.apply(variables, tokens, **inputs)
         assert (calls[-1]["is_causal"], calls[-1]["mask"] is None) == (name == "plain",) * 2, name
     assert len(calls) == len(cases)
+
+
+def test_a_vision_transformer_adds_a_token_once_and_nobody_sees_it(calls, monkeypatch):
+    model = ViT(vit_block(16, 2, 32, dtype=jnp.bfloat16), n_layers=2, image_size=4, patch_size=2, head="pool")
+    image = jnp.asarray(RNG.standard_normal((3, 4, 4, 3)), jnp.float32)
+    variables = model.init(jax.random.key(0), image)
+
+    def loss(variables):
+        hidden = model.apply(variables, image, method="hidden")
+        return jnp.sum(hidden.astype(jnp.float32) ** 2) / 100, hidden
+
+    plain = jax.jit(jax.grad(loss, has_aux=True))(variables)
+    as_on_a_gpu(monkeypatch)
+    jax.clear_caches()
+    found = jax.jit(jax.grad(loss, has_aux=True))(variables)
+    assert [call["key_value_seq_lengths"].shape for call in calls] == [(3,)] * 2
+    assert found[1].shape == (3, 5, 16)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.06, rtol=0.05)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_lengths_say_what_a_mask_of_padding_on_the_right_says(is_causal, calls, monkeypatch):
+    block = gpt2_block(width=16, n_heads=2, dtype=jnp.bfloat16, is_causal=is_causal)
+    stack, lengths = Stack((block,)), jnp.array([4, 2])
+    x = jnp.asarray(RNG.standard_normal((2, 4, 16)), jnp.bfloat16)
+    variables = stack.init(jax.random.key(0), x)
+    mask = jnp.arange(4)[None] < lengths[:, None]
+    masked, by_lengths = stack.apply(variables, x, mask=mask)[0], stack.apply(variables, x, lengths=lengths)[0]
+    np.testing.assert_array_equal(masked[mask], by_lengths[mask])
+    assert not bool(jnp.all(masked[mask] == stack.apply(variables, x)[0][mask])) or is_causal
+    as_on_a_gpu(monkeypatch)
+    on_gpu = stack.apply(variables, x, lengths=lengths)[0]
+    assert calls[0]["mask"] is None
+    assert calls[0]["is_causal"] == is_causal
+    np.testing.assert_allclose(*(y[mask].astype(jnp.float32) for y in (on_gpu, masked)), atol=0.04)

@@ -59,6 +59,12 @@ def test_an_event_has_only_the_time_that_no_event_inside_of_it_has():
     assert made.calls == [100]
 
 
+def test_a_kernel_that_begins_before_the_last_one_has_ended_ends_it():
+    made = divide([event("dot", 0, 40), event("add", 30, 70), event("tanh", 65, 100), event("dot", 100, 140)])
+    assert times(made) == {"dot": 30, "add": 35, "tanh": 35}
+    assert sum(made.idle.values()) == 0
+
+
 def test_operations_at_the_same_moment_share_it_and_a_loop_counts_where_nothing_inside_runs():
     events = [event("loop", 0, 90), event("dot", 10, 50, "b"), event("add", 30, 60, "c"), event("loop", 100, 190)]
     made = divide(events, containers=("loop",))
@@ -160,6 +166,17 @@ def test_a_gpu_has_a_line_a_stream_and_copies_beside_kernels():
         (1, "Stream #9(MemcpyH2D)", 0, 5, Key("", "MemcpyH2D")),
         (1, "Stream #7(Compute)", 10, 30, Key("jit_step", "loop_fusion.3")),
     ]
+
+
+def test_a_gpu_runs_several_kernels_for_one_operation():
+    own = {"hlo_module": "jit_step"}
+    kernels = [("memset", 0, 2), ("gemm", 2, 20), ("gemm", 30, 50)]
+    names = ["custom-call.1", "custom-call.1", "custom-call.2"]
+    line = [(*kernel, {**own, "hlo_op": name}) for kernel, name in zip(kernels, names, strict=True)]
+    copies = [("MemcpyD2H", 60, 61, {}), ("MemcpyD2H", 61, 62, {})]
+    found = trace.from_planes(space({"/device:GPU:0": {"Stream #7": [*line, *copies]}})).events
+    assert [(e.key.name, e.is_task) for e in found[:3]] == [(names[0], False), (names[1], True), (names[2], False)]
+    assert not any(e.is_task for e in found[3:])
 
 
 def test_a_tpu_has_a_line_of_operations():

@@ -27,6 +27,7 @@ class Sight(NamedTuple):
       key_slots: (S,) int.
       key_mask: (B, S) bool, False for padding; None where all are real.
       query_documents, key_documents: (B, T) and (B, S) int; a query sees keys of its own document only. None: one.
+      lengths: (B,) int, the keys of each row that are real: the first ones. None where `key_mask` says it, or all are.
     """
 
     query_slots: Array
@@ -34,6 +35,7 @@ class Sight(NamedTuple):
     key_mask: Array | None = None
     query_documents: Array | None = None
     key_documents: Array | None = None
+    lengths: Array | None = None
 
     def mask(self, *, is_causal: bool, window: int | None) -> Array | None:
         """True where a query sees a key: (B or 1, 1, T or 1, S) bool, or None where it sees all.
@@ -55,6 +57,8 @@ class Sight(NamedTuple):
             parts.append((jnp.abs(distance_TS) < window)[None, None])
         if self.key_mask is not None:
             parts.append(self.key_mask[:, None, None, :].astype(bool))
+        if self.lengths is not None:
+            parts.append((self.key_slots[None] < self.lengths[:, None])[:, None, None])
         if self.query_documents is not None and self.key_documents is not None:
             parts.append(self.query_documents[:, None, :, None] == self.key_documents[:, None, None, :])
         return functools.reduce(jnp.logical_and, parts) if parts else None
@@ -73,6 +77,7 @@ def attend(
     implementation: str = "auto",
     is_causal: bool = False,
     is_only_causal: bool = False,
+    lengths: Array | None = None,
 ) -> Array:
     """Softmax attention (Vaswani et al. 2017, eq. 1), multi-, grouped- (Ainslie et al. 2023) or multi-query.
 
@@ -88,6 +93,8 @@ def attend(
         "ring" is "auto" here: what can go round a ring of devices is not sent here, see `attend_in_ring`.
       is_causal: the mask lets no query see keys beyond its own place (T = S), so that work on those can be left out.
       is_only_causal: and it hides nothing else, so that cuDNN needs no mask.
+      lengths: (B,) int, where given: the mask hides the keys from there on and nothing else but what `is_only_causal`
+        says, so that cuDNN needs no mask.
 
     Returns:
       (B, T, H, K), the dtype of the values.
@@ -104,27 +111,22 @@ def attend(
     if n_heads % n_groups:
         raise ModelError(f"{n_heads} query heads do not divide over {n_groups} key/value heads; use a multiple.")
     if _choose(implementation, query_BTHK, softcap, dropout_fn) == "cudnn":
-        own: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scale, "is_only_causal": is_only_causal}
-        return cudnn_attention(query_BTHK, key_BSGK, value_BSGK, **own)
+        mask = None if is_only_causal or lengths is not None else mask
+        own: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scale, "lengths": lengths}
+        return cudnn_attention(query_BTHK, key_BSGK, value_BSGK, is_causal=is_only_causal, **own)
     added = _added(mask, bias, jnp.promote_types(query_BTHK.dtype, jnp.float32))
     n_blocks = _n_blocks(query_BTHK.shape[1], key_BSGK.shape[1], dropout_fn, is_causal)
     return _attend_xla(query_BTHK, key_BSGK, value_BSGK, added, scale, softcap, dropout_fn, n_blocks)
 
 
 def _choose(implementation: str, query_BTHK: Array, softcap: float | None, dropout_fn: Any) -> str:
-    head_size, dtype = query_BTHK.shape[-1], query_BTHK.dtype
-    obstacles = [
-        reason
-        for reason, is_met in {
-            f"the platform is {jax.default_backend()}": jax.default_backend() != "gpu",
-            f"{dtype} is neither bfloat16 nor float16": dtype not in (jnp.bfloat16, jnp.float16),
-            f"the head size {head_size} is no multiple of 8 up to 128": head_size % 8 != 0 or head_size > 128,
-            "scores are soft-capped": softcap is not None,
-            "probabilities are dropped out": dropout_fn is not None,
-            "a single query": query_BTHK.shape[1] == 1,
-        }.items()
-        if is_met
-    ]
+    dtype = query_BTHK.dtype
+    own = {
+        "scores are soft-capped": softcap is not None,
+        "probabilities are dropped out": dropout_fn is not None,
+        "a single query": query_BTHK.shape[1] == 1,
+    }
+    obstacles = [*_obstacles(dtype, query_BTHK.shape[-1]), *(reason for reason, is_met in own.items() if is_met)]
     implementation = "auto" if implementation == "ring" else implementation
     if implementation == "cudnn" and obstacles:
         raise ModelError(f"attention='cudnn' cannot be used: {'; '.join(obstacles)}. Use 'auto' or 'xla'.")
@@ -132,6 +134,25 @@ def _choose(implementation: str, query_BTHK: Array, softcap: float | None, dropo
     reason = "asked for" if implementation != "auto" else obstacles[0] if obstacles else f"{dtype} on a GPU"
     tell("attention", choice, reason)
     return choice
+
+
+def _obstacles(dtype: Any, head_size: int) -> list[str]:
+    """Why cuDNN is out of the question whatever is attended to."""
+    return [
+        reason
+        for reason, is_met in {
+            f"the platform is {jax.default_backend()}": jax.default_backend() != "gpu",
+            f"{dtype} is neither bfloat16 nor float16": dtype not in (jnp.bfloat16, jnp.float16),
+            f"the head size {head_size} is no multiple of 8 up to 128": head_size % 8 != 0 or head_size > 128,
+        }.items()
+        if is_met
+    ]
+
+
+def wants_even_length(implementation: str, dtype: Any, head_size: int, n_tokens: int) -> bool:
+    """Whether cuDNN will attend to an odd number of tokens, each time adding one and taking it away again."""
+    is_cudnn = implementation in ("auto", "cudnn") and not _obstacles(jnp.dtype(dtype), head_size)
+    return is_cudnn and n_tokens % 2 == 1 and jax.sharding.get_abstract_mesh().shape.get("sequence", 1) == 1
 
 
 def ring_mesh(implementation: str, query_BTHK: Array, bias: Array | None, dropout_fn: Any) -> Any:

@@ -16,28 +16,28 @@ def cudnn_attention(
     mask: Array | None,
     bias: Array | None,
     scale: float,
-    is_only_causal: bool,
+    is_causal: bool,
+    lengths: Array | None = None,
 ) -> Array:
     """Softmax attention as `attention.attend` defines it, of bfloat16 or float16 on an NVIDIA GPU.
 
     The binding refuses a mask that is broadcast over queries (jax-ml/jax#28974), and in training an odd number of
-    tokens, with a mask or without: those get one more, which nobody sees.
+    tokens: those get one more, which nobody sees.
 
     Args:
       query_BTHK, key_BSGK, value_BSGK: H is a multiple of G; K a multiple of 8 up to 128.
       mask: (B or 1, 1, T or 1, S) bool, True where a query sees a key.
       bias: (B or 1, H or 1, T or 1, S), added to the scaled scores.
       scale: factor of the scores.
-      is_only_causal: the mask hides what lies ahead and nothing else: it is not read, and cuDNN leaves that work out.
+      is_causal: what lies ahead is hidden, and cuDNN leaves that work out.
+      lengths: (B,) int, the keys of each row that are real, the first ones; None: all.
 
     Returns:
       (B, T, H, K), the dtype of the values.
     """
     T, S = query_BTHK.shape[1], key_BSGK.shape[1]
     more_T, more_S = T % 2, S % 2
-    mask = None if is_only_causal else mask
-    lengths = None
-    if more_S and mask is None and not is_only_causal:
+    if more_S and mask is None and lengths is None and not is_causal:
         lengths = jnp.full(len(query_BTHK), S, jnp.int32)
     out_BTHK = jax.nn.dot_product_attention(
         _lengthened(query_BTHK, more_T),
@@ -46,7 +46,7 @@ def cudnn_attention(
         bias=_of_pairs(bias, T, S, more_T, more_S),
         mask=_of_pairs(mask, T, S, more_T, more_S),
         scale=scale,
-        is_causal=is_only_causal,
+        is_causal=is_causal,
         key_value_seq_lengths=lengths,
         implementation="cudnn",
     )

@@ -19,6 +19,7 @@ from jaxdl.models.checks import ModelError, count_problem, name_problem, rate_pr
 from jaxdl.models.layers import ACTIVATIONS, Dtype, dropout, make_activation
 from jaxdl.models.positions import Rotary, alibi_slopes, distances, rotate
 from jaxdl.models.product import product
+from jaxdl.models.standardize import standardized
 
 Cache = dict[str, Any]
 NORMS = ("layer", "rms", "rms_plus_one")
@@ -158,10 +159,7 @@ class Norm(nn.Module):
         has_offset = block.norm == "rms_plus_one"
         init = nn.initializers.zeros if has_offset else nn.initializers.ones
         scale = self.param("scale", init, (width,), block.param_dtype)
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if block.norm == "layer":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + block.norm_epsilon)
+        y = standardized(x, block.norm_epsilon, is_centered=block.norm == "layer")
         y = y * _row(scale + 1 if has_offset else scale, y)
         if block.norm == "layer" and block.norm_bias:
             y = y + _row(self.param("bias", nn.initializers.zeros, (width,), block.param_dtype), y)
@@ -209,7 +207,8 @@ class Attention(nn.Module):
         block, dropout_fn = self.block, self._dropout_fn(train)
         scale = block.heads[2] ** -0.5 if block.attention_scale is None else block.attention_scale
         is_within = not self.is_cross and not has_cache
-        mesh = ring_mesh(block.attention, query, context.bias, dropout_fn) if is_within else None
+        is_ring = is_within and context.sight.lengths is None
+        mesh = ring_mesh(block.attention, query, context.bias, dropout_fn) if is_ring else None
         if mesh is not None:
             return attend_in_ring(
                 mesh,
@@ -237,6 +236,7 @@ class Attention(nn.Module):
             implementation=block.attention,
             is_causal=is_causal,
             is_only_causal=is_causal and not hides_more,
+            lengths=None if hides_more or is_causal != block.is_causal or self.is_cross else sight.lengths,
         )
 
     def _heads(self, name: str, x_BTD: Array, n: int) -> Array:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxdl.models import activation_gpu
 from jaxdl.models.checks import ModelError, check, name_problem
 from jaxdl.models.convolution import convolution
 from jaxdl.models.group_norm import GroupNorm
@@ -101,10 +103,19 @@ def _scale_init(zero_scale: bool) -> nn.initializers.Initializer:
 
 NORMS: dict[str, NormFn] = {"group": _group_norm, "batch": _batch_norm, "layer": _layer_norm, "none": _no_norm}
 
+
+def _or_on_gpu(plain: ActivationFn, on_gpu: ActivationFn) -> ActivationFn:
+    def activation(x: Array) -> Array:
+        is_low = x.dtype in (jnp.bfloat16, jnp.float16)
+        return on_gpu(x) if is_low and jax.default_backend() == "gpu" else plain(x)
+
+    return activation
+
+
 ACTIVATIONS: dict[str, ActivationFn] = {
     "relu": nn.relu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "gelu": _or_on_gpu(functools.partial(nn.gelu, approximate=False), activation_gpu.gelu),
+    "gelu_tanh": _or_on_gpu(functools.partial(nn.gelu, approximate=True), activation_gpu.gelu_tanh),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
     "silu": nn.silu,
     "tanh": nn.tanh,

@@ -81,6 +81,7 @@ class Stack(nn.Module):
         x_BTD: Array,
         *,
         mask: Array | None = None,
+        lengths: Array | None = None,
         positions: Array | None = None,
         documents: Array | None = None,
         memory: Array | None = None,
@@ -93,6 +94,8 @@ class Stack(nn.Module):
         Args:
           x_BTD: embedded tokens.
           mask: (B, T), 0 for padding.
+          lengths: (B,) int, without a cache: a row's first tokens are real, and what follows is padding. `mask` can say
+            the same, and cuDNN would read it for every pair of tokens.
           positions: (B, T) int, for rotary positions; by default those of `token_positions`.
           documents: (B, T) int; tokens see their own document only.
           memory: (B, S, D) for blocks with `has_cross`; `memory_mask` (B, S).
@@ -103,6 +106,7 @@ class Stack(nn.Module):
           `(x_BTD, cache)`, the cache with the T tokens in it, or None where none was given.
         """
         sight, new = _look(x_BTD, mask, documents, cache)
+        sight = sight._replace(lengths=lengths)
         if positions is None:
             positions = token_positions(x_BTD.shape[1], mask, cache)
         context = Context(positions, sight, self._bias(sight), memory, memory_mask)

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from jaxdl.models.attention import wants_even_length
 from jaxdl.models.block import Block
 from jaxdl.models.checks import check, count_problem, float_problem, name_problem
 from jaxdl.models.patches import PatchEmbed
@@ -158,7 +159,12 @@ class ViT(nn.Module):
     def hidden(self, image: Array, *, train: bool = False) -> Array:
         """The states after the last norm, (B, N, D), of the same inputs as the call."""
         check(type(self).__name__, *self._input_problems(image))
-        return self.encoder(self.embed(image, train=train), train=train)[0]
+        x_BND = self.embed(image, train=train)
+        (n_rows, n_tokens), block = x_BND.shape[:2], self.block
+        if not wants_even_length(block.attention, x_BND.dtype, block.heads[2], n_tokens):
+            return self.encoder(x_BND, train=train)[0]
+        x_BND = jnp.pad(x_BND, ((0, 0), (0, 1), (0, 0)))  # once, and not in every layer
+        return self.encoder(x_BND, lengths=jnp.full(n_rows, n_tokens), train=train)[0][:, :n_tokens]
 
     def _input_problems(self, image: Array) -> list[str | None]:
         if image.ndim != 4:

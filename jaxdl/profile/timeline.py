@@ -135,7 +135,8 @@ def own_segments(events: Sequence[Event], bounds: Sequence[float]) -> list[Segme
     """The stretches of one lane that belong to the innermost event there.
 
     Args:
-      events: of one lane; one may lie inside another.
+      events: of one lane; one may lie inside another. Where one only begins in another, that is over: GPUs let a kernel
+        begin before the last one has ended.
       bounds: starts of calls, which number the runs of events that have none.
 
     Example:
@@ -163,8 +164,9 @@ def own_segments(events: Sequence[Event], bounds: Sequence[float]) -> list[Segme
     for event in sorted(events, key=lambda event: (event.start, -event.end)):
         up_to(event.start)
         run = bisect.bisect_right(bounds, event.start) if event.run is None else event.run
-        end = event.end if not stack else min(event.end, stack[-1][0])
-        stack.append((end, event.key, run))
+        while stack and stack[-1][0] < event.end:
+            stack.pop()
+        stack.append((event.end, event.key, run))
     up_to(float("inf"))
     return made
 

@@ -42,7 +42,7 @@ class Event:
       start, end: nanoseconds.
       key: the operation.
       run: of the program, a number that its events share; None where the trace has none.
-      is_task: of a thread that helps; no call of its own.
+      is_task: of a thread that helps, or a further kernel of an operation; no call of its own.
     """
 
     device: int
@@ -90,14 +90,17 @@ def from_planes(planes: Iterable[Any]) -> Trace:
 
 
 def _of_accelerator(device: int, lines: list[Any]) -> Iterator[Event]:
-    """A TPU has a line of operations; a GPU has one for each stream, with kernels and copies."""
+    """A TPU has a line of operations; a GPU has one for each stream, with the kernels and copies of each operation."""
     own = [line for line in lines if line.name == "XLA Ops"]
     for line in own or [line for line in lines if line.name not in _DERIVED]:
-        for event in line.events:
-            stats = dict(event.stats)
+        last = None
+        for event in sorted(line.events, key=lambda event: event.start_ns):
+            stats, start = dict(event.stats), event.start_ns
             name = str(stats.get("hlo_op") or event.name.partition(" = ")[0].lstrip("%"))
             key = Key(str(stats.get("hlo_module", "")).partition("(")[0], name)
-            yield Event(device, line.name, event.start_ns, event.start_ns + event.duration_ns, key, stats.get("run_id"))
+            goes_on = not own and key == last and "hlo_op" in stats
+            yield Event(device, line.name, start, start + event.duration_ns, key, stats.get("run_id"), goes_on)
+            last = key
 
 
 # ---- threads of a CPU ----
