@@ -55,6 +55,20 @@ class Halves(NamedTuple):
     microbatches: int
 
 
+class Stages(NamedTuple):
+    """A step as what it computes of a batch, and the update by that; `guard` decides between the two.
+
+    Attributes:
+      step: the whole, of which these are the parts; wrappers of it that copied its attributes are not.
+      sums: `(state, batch) -> sums`.
+      update: `(state, sums) -> (state, metrics)`.
+    """
+
+    step: Step
+    sums: Callable[[TrainState, Any], Any]
+    update: Step
+
+
 def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
@@ -131,13 +145,18 @@ def make_train_step(
         )
         return new_state, _step_metrics(out, grads, opt_state)
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def sums_of(state: TrainState, batch: Any) -> Sums:
         rng = jax.random.fold_in(state.rng, state.step)
         if axis_name is None:
-            return update(state, gradient(state, batch, rng))
+            return gradient(state, batch, rng)
         sums = gradient(state, batch, jax.random.fold_in(rng, jax.lax.axis_index(axis_name)))
-        return update(state, _sum_over(axis_name, state, sums, trainable))
+        return _sum_over(axis_name, state, sums, trainable)
 
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        return update(state, sums_of(state, batch))
+
+    train_step.stages = Stages(train_step, sums_of, update)  # type: ignore[attr-defined]
+    update.stages = Stages(update, lambda state, sums: sums, update)  # type: ignore[attr-defined]
     train_step.trainable = trainable  # type: ignore[attr-defined]
     train_step.halves = Halves(gradient, update, loss_fn, microbatches)  # type: ignore[attr-defined]
     return train_step
@@ -312,25 +331,47 @@ def guard(step: Step, policy: str = "stop") -> Step:
 
     @functools.wraps(step)
     def stop(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        new, metrics = step(state, batch)
+        new, metrics, choose = _tried(step, state, batch)
         is_held = state.step < 0
         good = is_finite(metrics) & ~is_held
         held = state.replace(step=jnp.where(is_held, state.step, ~state.step))
-        return _where(good, new, held), metrics
+        return choose(good, new, held), metrics
 
     @functools.wraps(step)
     def skip(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        new, metrics = step(state, batch)
+        new, metrics, choose = _tried(step, state, batch)
         good = is_finite(metrics)
         kept = {name: _harmless(value, good) for name, value in metrics.items()}
         overflow = metrics["skipped"].total if "skipped" in metrics else 0.0  # that loss scaling has skipped itself
         skipped = Mean(jnp.maximum(1.0 - good.astype(jnp.float32), overflow), jnp.float32(1))
-        return _where(good, new, state.replace(step=new.step)), {**kept, "skipped": skipped}
+        return choose(good, new, state.replace(step=new.step)), {**kept, "skipped": skipped}
 
     guarded = stop if policy == "stop" else skip
     if hasattr(step, "halves"):
         guarded.halves = step.halves._replace(update=guard(step.halves.update, policy))  # type: ignore[attr-defined]
     return guarded
+
+
+def _tried(step: Step, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any], Any]:
+    """What a step does, and the function `(condition, new, old)` that chooses between its state and another.
+
+    On a CPU the update of a train step is computed where it is chosen: XLA copies the moments of an optimizer if it has
+    to choose between the new and the old ones afterwards, a sixth of the step of an MLP, and else updates them in
+    place. It drops what of the first `update` only the new state needs.
+    """
+    stages = getattr(step, "stages", None)
+    if stages is None or stages.step is not step or jax.default_backend() != "cpu":
+        return *step(state, batch), _where
+    sums = stages.sums(state, batch)
+
+    def choose(condition: Array, new: TrainState, old: TrainState) -> TrainState:
+        def updated(state: TrainState, sums: Any) -> TrainState:
+            return stages.update(state, sums)[0].replace(rng=None)
+
+        chosen = jax.lax.cond(condition, updated, lambda *_: old.replace(rng=None), state, sums)
+        return chosen.replace(rng=old.rng)
+
+    return *stages.update(state, sums), choose
 
 
 def _harmless(value: Any, good: Array) -> Any:

@@ -1,5 +1,8 @@
 """The step and its transformations, by closed forms and by second roads to the same number."""
 
+import functools
+import re
+
 import chex
 import flax.linen as nn
 import jax
@@ -234,6 +237,34 @@ def test_a_guarded_step_equals_a_bare_one_on_good_batches():
     step = make_train_step(loss_fn, tx)
     guarded, bare = run(jax.jit(guard(step)), state)[0], run(jax.jit(step), state)[0]
     chex.assert_trees_all_close(guarded.params, bare.params, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_guarded_update_is_in_place(policy):
+    loss_fn, tx, state = setup()
+    step = make_train_step(loss_fn, tx)
+    compiled = jax.jit(guard(step, policy), donate_argnums=0).lower(state, batch_of()).compile().as_text()
+    moment = r" copy\(%state_opt_state\S*kernel"
+    assert re.search(r"parameter\(\d+\).*opt_state.*kernel", compiled)  # it would be found by this name
+    assert not re.search(moment, compiled)
+
+    def chosen_afterwards(state, batch):
+        return guard(lambda *given: step(*given), policy)(state, batch)
+
+    assert re.search(moment, jax.jit(chosen_afterwards, donate_argnums=0).lower(state, batch_of()).compile().as_text())
+
+
+def test_guard_does_not_go_round_a_wrapper_that_copied_the_attributes_of_a_step():
+    loss_fn, tx, state = setup()
+    step = make_train_step(loss_fn, tx)
+
+    @functools.wraps(step)
+    def doubled(state, batch):
+        return step(step(state, batch)[0], batch)
+
+    after = jax.jit(guard(doubled))(state, batch_of())[0]
+    assert int(after.step) == 2
+    chex.assert_trees_all_close(after.params, jax.jit(doubled)(state, batch_of())[0].params, atol=1e-6)
 
 
 def test_eval_sums_over_padded_batches_equal_the_whole():
