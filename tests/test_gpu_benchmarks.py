@@ -147,7 +147,7 @@ def test_run_writes_after_each_workload_and_says_what_found_no_time(monkeypatch,
     assert seen == [False, True]
     assert run.main(["vit", *arguments[2:], "--seconds", "80"]) == 0
     found = json.loads(files[0].read_text())["workloads"]["vit"]
-    assert found["results"][0]["failure"].startswith("out of time: it takes about 90 s")
+    assert found["results"][0]["failure"].startswith("out of time: it takes about")
     assert files[1].read_text().count("**not run** (out of time") == 2
     assert "images/s" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -15,7 +15,8 @@ from benchmarks.harness import BenchmarkError, Child, Competitor, Result
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 7
 OUT_OF_TIME = "out of time"
-MOST_OF_WHAT_IS_LEFT = 0.6  # for one competitor to compile, so that another that waits has its turn
+MOST_OF_WHAT_IS_LEFT = 0.6  # for one competitor to compile, so that another that waits has its turn, ...
+MOST_FOR_THE_LAST = 0.85  # ... and for the last one, so that there is time for rounds
 GRACE_S = 5.0  # for a round that takes longer than those before, and to ask for the memory
 
 
@@ -48,9 +49,9 @@ def measure(
         note(f"prepare: {', '.join(children)}")
         with ThreadPoolExecutor(len(children)) as pool:
             list(pool.map(lambda name: ask(name, children[name].set_up, deadline), children))
-        for name, child in children.items():
-            started = monotonic()
-            last = started + MOST_OF_WHAT_IS_LEFT * (deadline - started)
+        for i, (name, child) in enumerate(children.items(), 1):
+            started, share = monotonic(), MOST_FOR_THE_LAST if i == len(children) else MOST_OF_WHAT_IS_LEFT
+            last = started + share * (deadline - started)
             facts[name] = ask(name, partial(child.call, "warm_up"), last) or {}
             facts[name]["warm_up_s"] = monotonic() - started
             note(f"{name}: compiled and warm after {facts[name]['warm_up_s']:.0f} s")
