@@ -65,7 +65,11 @@ def flags_of(config, data, out):
     return list(dict.fromkeys(flags))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def marked(path):
+    return pytest.param(path, id=path.stem, marks=[] if path.stem.startswith("digits") else pytest.mark.proof)
+
+
+@pytest.mark.parametrize("config", [marked(path) for path in CONFIGS])
 def test_the_shipped_config_runs(config, small_data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAXDL_FASHION_MNIST_DIR", str(small_data))
     module = module_of(config)

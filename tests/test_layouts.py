@@ -60,7 +60,7 @@ CASES = [(name, layout) for name in small_networks.NETWORKS for layout in LAYOUT
 CASES += [(name, "sequence") for name in ("gpt", "bert_lora", "lstm")]
 QUICK = {
     "mlp": LAYOUTS,
-    "gpt": {*LAYOUTS, "sequence"},
+    "gpt": {"jit", "fsdp x tensor", "shard_map", "sequence"},
     "cnn": {"fsdp"},
     "lstm": {"shard_map"},
     "bert_lora": {"fsdp x tensor"},

@@ -88,9 +88,14 @@ def _path(config, corpora):
 
 
 RUN = [config for config in SHIPPED if not config.stem.endswith("_gpu") or config.stem == "python_gpt_gpu"]
+QUICK = ("python_gpt", "newsgroups_bert")  # the others are proofs
 
 
-@pytest.mark.parametrize("config", RUN, ids=lambda config: config.stem)
+def marked(config):
+    return pytest.param(config, id=config.stem, marks=[] if config.stem in QUICK else pytest.mark.proof)
+
+
+@pytest.mark.parametrize("config", [marked(config) for config in RUN])
 def test_the_shipped_config_runs(config, corpora, tmp_path, capsys):
     module = SHIPPED[config]
     assert run_command(module.Config, module.experiment, shrunk(config, module, corpora, tmp_path)) == 0

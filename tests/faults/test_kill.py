@@ -8,6 +8,7 @@ from tests.faults import evidence, prove_kill
 from tests.faults.prove_kill import Kill
 
 
+@pytest.mark.proof  # test_unfreeze_kill is one, too, and four times as quick
 def test_a_kill_changes_no_bit(tmp_path):
     kills, found = prove_kill.prove(tmp_path, 1, seed=5, cache=evidence.ROOT / ".pytest_cache" / "xla-kill")
     assert len(kills) == 1

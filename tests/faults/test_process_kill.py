@@ -72,6 +72,7 @@ def test_the_other_process_ends_and_says_who(tmp_path, running, straight, number
     assert_same_losses(tmp_path / "mlp", straight / "mlp")
 
 
+@pytest.mark.proof
 def test_one_of_four_killed_ends_all_and_four_go_on(tmp_path, running, straight):
     codes, said, seconds = interrupted(tmp_path, running, signal.SIGKILL, 2, count=4)
     assert codes == [1, 1, 1], said
