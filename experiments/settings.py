@@ -14,6 +14,7 @@ import optax
 from jaxdl import JaxdlError, TrainState, make_optimizer, make_schedule, models, optim, parallel
 from jaxdl.config import Duration
 from jaxdl.early_stopping import EarlyStopping
+from jaxdl.host_memory import keep_freed_memory
 from jaxdl.loop import Profile
 from jaxdl.paths import Rules
 
@@ -252,6 +253,12 @@ class Hardware:
 
     microbatches: int = 1  # parts of a batch computed one after the other, for less memory
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # parameters stay float32
+    keep_freed_memory: bool = True  # a CPU: faster, and the process holds what it ever held; docs/performance.md
+
+    def initialize(self) -> None:
+        """Comes before anything is computed."""
+        if self.keep_freed_memory and jax.default_backend() == "cpu":
+            keep_freed_memory("the platform is cpu; --config.hardware.keep_freed_memory=False hands it back")
 
     def problems(self) -> Iterator[str]:
         if self.microbatches < 1:

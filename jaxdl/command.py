@@ -22,7 +22,8 @@ def run_command(
 ) -> int:
     """Parses flags, runs an experiment and turns what the user can mend into one message without a traceback.
 
-    A section `parallel` of the configuration is initialized before anything touches JAX's devices. Choices by device
+    A section `parallel` of the configuration is initialized before anything touches JAX's devices, then a section
+    `hardware`. Choices by device
     and shape, such as the implementation of attention, are shown while it runs. Of many processes the first one prints;
     one that fails tells the others.
 
@@ -50,6 +51,8 @@ def run_command(
         if (parallel := getattr(parsed.config, "parallel", None)) is not None:
             parallel.initialize()
         with choices.shown(), _first_prints():
+            if (hardware := getattr(parsed.config, "hardware", None)) is not None:
+                hardware.initialize()
             experiment(parsed)
     except JaxdlError as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))

@@ -125,3 +125,27 @@ def test_without_argv_the_words_of_the_process_are_read(monkeypatch):
     monkeypatch.setattr("sys.argv", ["program", "--config.n", "7"])
     assert run_command(Config, seen.append) == 0
     assert seen[0].config.n == 7
+
+
+def test_hardware_is_initialized_before_the_experiment_and_after_parallel():
+    order = []
+
+    class Section:
+        def __init__(self, name):
+            self.name = name
+
+        def initialize(self):
+            order.append(self.name)
+
+    @dataclasses.dataclass(frozen=True)
+    class Sections(Config):
+        @property
+        def parallel(self):
+            return Section("parallel")
+
+        @property
+        def hardware(self):
+            return Section("hardware")
+
+    assert run_command(Sections, lambda parsed: order.append("experiment"), []) == 0
+    assert order == ["parallel", "hardware", "experiment"]

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -185,3 +186,13 @@ def test_impossible_combinations_come_at_once_before_any_data():
         "peak=-1",
     ):
         assert part in text, text
+
+
+@pytest.mark.parametrize(("is_kept", "platform", "n_calls"), [(True, "cpu", 1), (False, "cpu", 0), (True, "gpu", 0)])
+def test_a_cpu_keeps_freed_memory_unless_told_otherwise(is_kept, platform, n_calls, monkeypatch):
+    reasons = []
+    monkeypatch.setattr(settings, "keep_freed_memory", reasons.append)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    settings.Hardware(keep_freed_memory=is_kept).initialize()
+    assert len(reasons) == n_calls
+    assert all("keep_freed_memory=False" in reason for reason in reasons)
