@@ -178,3 +178,10 @@ def test_buckets_are_exact_near_and_shared_far(is_causal):
     assert set(np.unique(buckets)) <= set(range(32))
     assert np.all(np.diff(buckets[:, 0]) >= 0)
     assert np.all(buckets[0, 1:] == 0) if is_causal else np.all(buckets[0, 1:] > 16)
+
+
+def test_what_a_cpu_divides_late_is_a_softmax():
+    scores = jnp.asarray([[[1e4, 1e4 - 1, -1e9], [-1e9, -1e9, -1e9], [0.5, -0.5, 3.0]]])
+    weights, rate = attention._softmax(scores)
+    assert rate is not None
+    np.testing.assert_allclose(weights * rate, jax.nn.softmax(scores, axis=-1), rtol=1e-6)

