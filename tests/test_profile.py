@@ -363,6 +363,28 @@ ENTRY %main (x: f32[4,8]) -> f32[4,4] {
     )
 
 
+def test_a_product_in_a_function_that_xla_calls_has_the_whole_name_of_its_fusion():
+    text = """HloModule m
+%inside (a: f32[4,8], b: f32[8,4]) -> f32[4,4] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,4]{1,0} parameter(1)
+  ROOT %dot.1 = f32[4,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, metadata={op_name="dot_general"}
+}
+%called (a: f32[4,8], b: f32[8,4]) -> f32[4,4] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,4]{1,0} parameter(1)
+  ROOT %y = f32[4,4]{1,0} fusion(%a, %b), kind=kCustom, calls=%inside, metadata={op_name="jit(s)/jvp(A)/up/dot_general"}
+}
+ENTRY %main (a: f32[4,8], b: f32[8,4]) -> f32[4,4] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,4]{1,0} parameter(1)
+  ROOT %call.1 = f32[4,4]{1,0} call(%a, %b), to_apply=%called
+}
+"""
+    _, found = read_operations(text)
+    assert (found["y"].path, found["y"].part, found["y"].flops) == ("up/dot_general", "forward", 2 * 4 * 4 * 8)
+
+
 # ---- a step ----
 
 

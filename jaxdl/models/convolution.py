@@ -81,7 +81,8 @@ def _backward(strides: tuple[int, int], pads: Pads, kept: tuple[Array, Array], d
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _by_product(x: Array, dy: Array, reach: tuple[int, int], strides: tuple[int, int], pads: Pads) -> Array:
     """The gradient of a kernel of few inputs: what each number of it meets, times `dy`."""
-    x_CBHW = jnp.pad(x, ((0, 0), *pads, (0, 0))).transpose(3, 0, 1, 2)
+    padding = ((0, 0, 0), *((before, after, 0) for before, after in pads), (0, 0, 0))
+    x_CBHW = lax.pad(x, jnp.zeros((), x.dtype), padding).transpose(3, 0, 1, 2)
     spans = [(dy.shape[1 + i] - 1) * strides[i] + 1 for i in (0, 1)]
     places = itertools.product(range(reach[0]), range(reach[1]))
     met = [x_CBHW[:, :, i : i + spans[0] : strides[0], j : j + spans[1] : strides[1]] for i, j in places]

@@ -101,10 +101,11 @@ def _operation(program: Program, computation: str, one: Instruction) -> Operatio
 
 def _op_name(inside: Sequence[tuple[str, Instruction]], one: Instruction) -> str:
     """JAX's name of the product in a line, else of the line, else of the last in it that has one."""
-    lines = [line for _, line in reversed(inside)]
+    lines, own = [line for _, line in reversed(inside)], _OP_NAME.search(one.attributes)
     for line in (*(line for line in lines if _what(line) in _PRODUCTS), one, *lines):
         if found := _OP_NAME.search(line.attributes):
-            return found[1]
+            is_cut = own and own[1].endswith(f"/{found[1]}")  # within a function that XLA calls
+            return own[1] if own and is_cut else found[1]
     return ""
 
 
