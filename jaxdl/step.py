@@ -135,7 +135,9 @@ def make_train_step(
         grads, out, scale = sums
         moving, frozen = split_trainable(state.params, trainable)
         divisor = jnp.where(out.weight == 0, 1.0, out.weight)
-        grads = jax.tree.map(lambda g: g / (divisor if scale is None else divisor * scale).astype(g.dtype), grads)
+        factor = divisor if scale is None else divisor * scale
+        norm = optax.tree.norm(grads) / factor  # of the sums: on a CPU their quotients would be written for it alone
+        grads = jax.tree.map(lambda g: g / factor.astype(g.dtype), grads)
         updates, opt_state = _update(tx, grads, state.opt_state, moving, out.total / divisor)
         new_state = state.replace(
             step=state.step + 1,
@@ -143,7 +145,7 @@ def make_train_step(
             extra=out.extra,
             opt_state=opt_state,
         )
-        return new_state, _step_metrics(out, grads, opt_state)
+        return new_state, _step_metrics(out, norm, opt_state)
 
     def sums_of(state: TrainState, batch: Any) -> Sums:
         rng = jax.random.fold_in(state.rng, state.step)
@@ -209,8 +211,8 @@ def _update(tx: Any, grads: Tree, opt_state: Tree, moving: Tree, loss: Array) ->
     return updates, new
 
 
-def _step_metrics(out: LossOut, grads: Tree, opt_state: Tree) -> dict[str, Any]:
-    rate, scale, norm = learning_rate_of(opt_state), loss_scale_of(opt_state), optax.tree.norm(grads)
+def _step_metrics(out: LossOut, norm: Array, opt_state: Tree) -> dict[str, Any]:
+    rate, scale = learning_rate_of(opt_state), loss_scale_of(opt_state)
     skipped = {}
     if scale is not None:  # an overflow is that wrapper's daily business: it skips the update
         is_good = jnp.isfinite(norm)
