@@ -1,5 +1,7 @@
 """The product of a linear layer: the same numbers in both forms, and one axis of rows where that is fast."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,24 @@ def test_the_gradient_of_a_kernel_is_a_sum_over_one_axis():
     assert contracted == [1] * len(contracted)
     assert len(contracted) == 2
     assert jax.tree.all(jax.tree.map(jnp.array_equal, params, nn.Dense(5).init(jax.random.key(0), x)))
+
+
+def test_the_gradient_of_a_kernel_with_few_outputs_is_a_called_product_of_rows():
+    def loss(x, kernel):
+        return (product(x, kernel) ** 3).sum()
+
+    def plain(x, kernel):
+        return ((x @ kernel) ** 3).sum()
+
+    with jax.enable_x64(True):
+        x, kernel = jnp.asarray(RNG.standard_normal((4, 6, 16))), jnp.asarray(RNG.standard_normal((16, 3)))
+        for derivative in (jax.grad, jax.hessian, lambda f, at: jax.vmap(jax.grad(f, at), (0, None))):
+            np.testing.assert_allclose(derivative(loss, 1)(x, kernel), derivative(plain, 1)(x, kernel), rtol=1e-10)
+    text = jax.jit(jax.grad(loss, 1)).lower(jnp.ones((4, 6, 16)), jnp.ones((16, 3))).compile().as_text()
+    assert re.search(r" call\(.*inlineable", text)
+    products = re.findall(r"= \S+ dot\(.*?lhs_contracting_dims=\{(\d)\}", text)
+    assert products == ["1"] * len(products)  # with 0 XLA takes another, slow product
+    assert len(products) == 2
 
 
 def test_other_products_are_those_of_lax():

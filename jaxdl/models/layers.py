@@ -18,6 +18,7 @@ from jaxdl.models import activation_gpu
 from jaxdl.models.checks import ModelError, check, name_problem
 from jaxdl.models.convolution import convolution
 from jaxdl.models.group_norm import GroupNorm
+from jaxdl.models.product import product
 
 Dtype = Any
 NormFn = Callable[..., Array]
@@ -281,4 +282,4 @@ def head(x: Array, n_outputs: int, *, param_dtype: Dtype) -> Array:
       dtype('float32')
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return nn.Dense(n_outputs, dtype=dtype, param_dtype=param_dtype, name="head")(x)
+    return nn.Dense(n_outputs, dtype=dtype, param_dtype=param_dtype, name="head", dot_general=product)(x)

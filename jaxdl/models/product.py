@@ -1,19 +1,21 @@
 """The product of a linear layer, in the form whose gradient is fast on a CPU.
 
-Dimensions: `D` inputs, `F` outputs; `...` stands for any leading axes, such as batch and time.
+Dimensions: `D` inputs, `F` outputs, `N` rows; `...` stands for any leading axes, such as batch and time.
 """
 
 from typing import Any
 
 import jax
 from jax import Array
+from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def product(inputs: Array, kernel_DF: Array, dimension_numbers: Any = None, **options: Any) -> Array:
     """Inputs (..., D) times a kernel (D, F); give it to Flax as `nn.Dense(..., dot_general=product)`.
 
     On a CPU the leading axes are merged into one: XLA's gradient of a kernel over batch and time runs at 53 to 71
-    GFLOP/s, the same sum over one axis at 80 to 96. Elsewhere it is `jax.lax.dot_general`.
+    GFLOP/s, the same sum over one axis at 80 to 96. That of a kernel with few outputs is computed turned round: a
+    tenth faster from 1536 to 384, ten times from 512 to 10. Elsewhere it is `jax.lax.dot_general`.
 
     Args:
       inputs: (..., D).
@@ -32,8 +34,38 @@ def product(inputs: Array, kernel_DF: Array, dimension_numbers: Any = None, **op
     usual = (((inputs.ndim - 1,), (0,)), ((), ()))
     numbers = usual if dimension_numbers is None else dimension_numbers
     is_long = jax.sharding.get_abstract_mesh().shape.get("sequence", 1) > 1  # merged, time cannot be cut over devices
-    is_merged = numbers == usual and inputs.ndim > 2 and kernel_DF.ndim == 2 and jax.default_backend() == "cpu"
-    is_merged = is_merged and not is_long
-    rows = inputs.reshape(-1, inputs.shape[-1]) if is_merged else inputs
-    out = jax.lax.dot_general(rows, kernel_DF, (((1,), (0,)), ((), ())) if is_merged else numbers, **options)
-    return out.reshape(*inputs.shape[:-1], kernel_DF.shape[1]) if is_merged else out
+    is_plain = numbers == usual and inputs.ndim > 1 and kernel_DF.ndim == 2 and not is_long
+    if not is_plain or jax.default_backend() != "cpu":
+        return jax.lax.dot_general(inputs, kernel_DF, numbers, **options)
+    rows_ND = inputs.reshape(-1, inputs.shape[-1])
+    (n, d), f = rows_ND.shape, kernel_DF.shape[1]
+    is_narrow = f * (n + d) < n * d and not any(option is not None for option in options.values())
+    is_narrow = is_narrow and rows_ND.dtype == kernel_DF.dtype
+    out_NF = _narrow_product(rows_ND, kernel_DF) if is_narrow else _product(rows_ND, kernel_DF, **options)
+    return out_NF.reshape(*inputs.shape[:-1], f)
+
+
+def _product(a_ND: Array, b_DF: Array, **options: Any) -> Array:
+    return jax.lax.dot_general(a_ND, b_DF, (((1,), (0,)), ((), ())), **options)
+
+
+@jax.custom_jvp
+def _narrow_product(rows_ND: Array, kernel_DF: Array) -> Array:
+    return _product(rows_ND, kernel_DF)
+
+
+@_narrow_product.defjvp
+def _narrow_product_along(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """What the kernel's tangent does is written turned round, and so is its transpose, the kernel's gradient.
+
+    It is a function that XLA calls: else XLA would turn the operands back and take its slow product.
+    """
+    (rows_ND, kernel_DF), (d_rows_ND, d_kernel_DF) = primals, tangents
+    with set_xla_metadata(inlineable="false"):
+        along_FN = _turned_product(d_kernel_DF.T, rows_ND)
+    return _product(rows_ND, kernel_DF), _product(d_rows_ND, kernel_DF) + along_FN.T
+
+
+@jax.jit
+def _turned_product(kernel_FD: Array, rows_ND: Array) -> Array:
+    return jax.lax.dot_general(kernel_FD, rows_ND, (((1,), (1,)), ((), ())))
