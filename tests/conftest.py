@@ -12,3 +12,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from jaxdl import host_memory  # noqa: E402
+
+# Experiments on a CPU keep freed memory; a process that runs hundreds of tests would hold that of the largest of all.
+host_memory._SETTINGS.clear()

@@ -48,13 +48,13 @@ def shaken(model):
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     config = transformers.GPT2Config(n_embd=16, n_head=4, n_layer=2, n_positions=64, **SIZES)
-    return pair(transformers.GPT2LMHeadModel(config), GPT2_FAMILY, tmp_path_factory)
+    return pair(transformers.GPT2LMHeadModel, config, GPT2_FAMILY, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     config = transformers.LlamaConfig(**SIZES, **LLAMA)
-    return pair(transformers.LlamaForCausalLM(config), LLAMA_FAMILIES[0], tmp_path_factory)
+    return pair(transformers.LlamaForCausalLM, config, LLAMA_FAMILIES[0], tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +63,14 @@ def t5(tmp_path_factory):
         d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=PAD,
         **{**SIZES, "eos_token_id": STOP},
     )  # fmt: skip
-    return pair(transformers.T5ForConditionalGeneration(config), T5_FAMILY, tmp_path_factory)
+    return pair(transformers.T5ForConditionalGeneration, config, T5_FAMILY, tmp_path_factory)
 
 
-def pair(theirs, family, tmp_path_factory):
+def pair(make, config, family, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    shaken(theirs).save_pretrained(folder)
+    torch.manual_seed(2)  # of the weights that `shaken` adds to
+    theirs = shaken(make(config))
+    theirs.save_pretrained(folder)
     loaded = load(folder, family=family)
     return loaded.model, loaded.params, theirs
 
