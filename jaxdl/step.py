@@ -136,7 +136,9 @@ def make_train_step(
         moving, frozen = split_trainable(state.params, trainable)
         divisor = jnp.where(out.weight == 0, 1.0, out.weight)
         factor = divisor if scale is None else divisor * scale
-        norm = optax.tree.norm(grads) / factor  # of the sums: on a CPU their quotients would be written for it alone
+        # Of the sums: on a CPU their quotients would be written for it alone. In float16 their squares would overflow.
+        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
+        norm = optax.tree.norm(wide) / factor
         grads = jax.tree.map(lambda g: g / factor.astype(g.dtype), grads)
         updates, opt_state = _update(tx, grads, state.opt_state, moving, out.total / divisor)
         new_state = state.replace(

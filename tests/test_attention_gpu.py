@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdl.models.attention import Sight, attend
+from jaxdl.models.checks import ModelError
 from jaxdl.models.gpt2 import GPT2, gpt2_block
 from jaxdl.models.transformer import Stack
 from jaxdl.models.vit import ViT, vit_block
@@ -110,3 +111,10 @@ def test_lengths_say_what_a_mask_of_padding_on_the_right_says(is_causal, calls, 
     assert calls[0]["mask"] is None
     assert calls[0]["is_causal"] == is_causal
     np.testing.assert_allclose(*(y[mask].astype(jnp.float32) for y in (on_gpu, masked)), atol=0.04)
+
+
+def test_lengths_with_a_cache_are_refused():
+    stack, x = Stack((gpt2_block(width=16, n_heads=2),)), jnp.ones((1, 2, 16))
+    variables = stack.init(jax.random.key(0), x)
+    with pytest.raises(ModelError, match="lengths are for calls without a cache"):
+        stack.apply(variables, x, lengths=jnp.array([2]), cache={"layers": {}})

@@ -336,3 +336,15 @@ def test_the_loss_scale_does_not_depend_on_the_batch_size():
         after, out = jax.jit(make_train_step(half, tx, microbatches=microbatches))(state, batch_of(600))
         assert float(out["loss_scale"]) == 2.0**15
         chex.assert_trees_all_close(after.params, want.params, atol=2e-3)
+
+
+def test_the_norm_of_float16_gradients_does_not_overflow_by_their_sum():
+    """A hundred rows of gradient 10: their sum is 1000, whose square float16 does not hold."""
+
+    def loss_fn(params, extra, batch, rng):
+        return LossOut(jnp.sum(batch["x"] * params["w"]).astype(jnp.float32), jnp.float32(100))
+
+    tx = optax.sgd(0.1)
+    state = create_state({"w": jnp.ones((), jnp.float16)}, {}, tx, rng=jax.random.key(0))
+    _, metrics = make_train_step(loss_fn, tx)(state, {"x": jnp.full(100, 10.0, jnp.float16)})
+    assert float(metrics["grad_norm"]) == pytest.approx(10.0)

@@ -105,6 +105,8 @@ class Stack(nn.Module):
         Returns:
           `(x_BTD, cache)`, the cache with the T tokens in it, or None where none was given.
         """
+        is_cached = lengths is not None and cache is not None
+        check("Stack", "lengths are for calls without a cache; give a mask with one." if is_cached else None)
         sight, new = _look(x_BTD, mask, documents, cache)
         sight = sight._replace(lengths=lengths)
         if positions is None:
