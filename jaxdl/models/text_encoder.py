@@ -36,7 +36,8 @@ class TextEncoder(nn.Module):
 
     Heads, by what `model(tokens)` returns:
       None: hidden states (B, T, D); with `has_pooler` `Encoded(hidden, pooled)`.
-      "classify": (B, n_outputs), classes, or with `n_outputs=1` a regression; from the first token.
+      "classify": (B, n_outputs), classes, or with `n_outputs=1` a regression; from the first token, and the last layer
+        computes no other.
       "tag": (B, T, n_outputs), classes of each token.
       "span": (B, T, 2), logits of a span's start and end.
       "masked_lm": (B, T, V), tied to the token embedding.
@@ -176,7 +177,8 @@ class TextEncoder(nn.Module):
           What the head gives, see the class.
         """
         inputs = {"mask": mask, "token_types": token_types, "positions": positions, "documents": documents}
-        hidden_BTD = self.hidden(tokens, **inputs, train=train)
+        n_first = 1 if self.head == "classify" or (self.head == "embed" and self.pooling == "first") else None
+        hidden_BTD = self.hidden(tokens, **inputs, n_first=n_first, train=train)
         if self.head == "masked_lm":
             return self.logits(hidden_BTD)
         if self.head == "embed":
@@ -196,12 +198,13 @@ class TextEncoder(nn.Module):
         token_types: Array | None = None,
         positions: Array | None = None,
         documents: Array | None = None,
+        n_first: int | None = None,
         train: bool = False,
     ) -> Array:
-        """The encoder's output (B, T, D), of the same inputs as the call."""
+        """The encoder's output (B, T, D), of the same inputs as the call; of `n_first` tokens where they are enough."""
         check(type(self).__name__, *self._input_problems(tokens, token_types, documents))
         x_BTD = self.embed(tokens, self._positions(tokens, mask, positions), token_types, train=train)
-        return self.encoder(x_BTD, mask=mask, documents=documents, train=train)[0]
+        return self.encoder(x_BTD, mask=mask, documents=documents, n_first=n_first, train=train)[0]
 
     def _positions(self, tokens: Array, mask: Array | None, positions: Array | None) -> Array:
         if self.padding_token is None:

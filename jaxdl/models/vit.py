@@ -36,7 +36,8 @@ class ViT(nn.Module):
 
     Heads, by what `model(image)` returns:
       None: hidden states after the last norm (B, N, D), the class token first; with `has_pooler` `Encoded`.
-      "pool": (B, D), the class token's state, or the mean over patches.
+      "pool": (B, D), the class token's state, of which alone the last layer computes more than keys and values; or the
+        mean over patches.
       "classify": (B, n_outputs), a linear layer on that, in float32.
       "project": (B, n_outputs), a linear layer without a bias on that.
 
@@ -149,22 +150,30 @@ class ViT(nn.Module):
         Returns:
           What the head gives, see the class.
         """
-        hidden_BND = self.hidden(image, train=train)
+        n_first = 1 if self.head is not None and self.pooling == "class" else None
+        hidden_BND = self.hidden(image, n_first=n_first, train=train)
         if self.head is None:
             pooled_BD = jnp.tanh(self.pooler(self._pooled(hidden_BND))) if self.has_pooler else None
             return hidden_BND if pooled_BD is None else Encoded(hidden_BND, pooled_BD)
         pooled_BD = self._pooled(hidden_BND)
         return pooled_BD if self.head == "pool" else self.output(pooled_BD)
 
-    def hidden(self, image: Array, *, train: bool = False) -> Array:
-        """The states after the last norm, (B, N, D), of the same inputs as the call."""
+    def hidden(self, image: Array, *, n_first: int | None = None, train: bool = False) -> Array:
+        """The states after the last norm, (B, N, D), of the same inputs as the call.
+
+        Args:
+          image: (B, H, W, C) float.
+          n_first: tokens whose states are enough, see `Stack`; 1 for the class token.
+          train: dropout is on.
+        """
         check(type(self).__name__, *self._input_problems(image))
         x_BND = self.embed(image, train=train)
         (n_rows, n_tokens), block = x_BND.shape[:2], self.block
         if not wants_even_length(block.attention, x_BND.dtype, block.heads[2], n_tokens):
-            return self.encoder(x_BND, train=train)[0]
+            return self.encoder(x_BND, n_first=n_first, train=train)[0]
         x_BND = jnp.pad(x_BND, ((0, 0), (0, 1), (0, 0)))  # once, and not in every layer
-        return self.encoder(x_BND, lengths=jnp.full(n_rows, n_tokens), train=train)[0][:, :n_tokens]
+        lengths = jnp.full(n_rows, n_tokens)
+        return self.encoder(x_BND, lengths=lengths, n_first=n_first, train=train)[0][:, :n_tokens]
 
     def _input_problems(self, image: Array) -> list[str | None]:
         if image.ndim != 4:
