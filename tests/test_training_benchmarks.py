@@ -13,6 +13,7 @@ from benchmarks.harness import BenchmarkError, Competitor, Result, Settings, mea
 pytest.importorskip("torch")
 
 BERT = {"width": 16, "n_heads": 2, "hidden": 32, "n_layers": 2, "vocab_size": 50, "length": 8, "batch_size": 4}
+WIDER = {"width": 64, "hidden": 256, "length": 64}
 GPT = {"width": 16, "n_heads": 2, "n_layers": 2, "vocab_size": 50, "length": 8, "batch_size": 4}
 RNN = {"width": 8, "n_layers": 2, "length": 5, "batch_size": 4}
 CNN = {"features": (4, 8), "dense_width": 8, "norm": "group", "size": 8, "n_channels": 1, "batch_size": 4}
@@ -149,6 +150,10 @@ def _moments(n):
         (gpt.Jaxdl, GPT, gpt.flops_per_step),
         (vision.JaxdlCNN, CNN, vision.cnn_flops),
         (vision.JaxdlResNet, RESNET, vision.resnet_flops),
+        *(
+            (bert.Jaxdl, {**BERT, **WIDER, "kind": kind}, functools.partial(bert.flops_per_step, n_read=1))
+            for kind in ("full", "last")
+        ),
     ],
 )
 def test_flops_are_about_those_of_the_compiled_step(side, sizes, flops):
@@ -158,9 +163,10 @@ def test_flops_are_about_those_of_the_compiled_step(side, sizes, flops):
     parts, tx = made.make(**sizes), training.make_adamw()
     from jaxdl import create_state, make_train_step
 
-    state = create_state(parts.params, parts.extra, tx, rng=jax.random.key(0))
+    state = create_state(parts.params, parts.extra, tx, rng=jax.random.key(0), trainable=parts.trainable)
     batch = {name: value[0] for name, value in parts.batches.items()}
-    counted = bert_flops.compiled_flops(make_train_step(parts.loss_fn, tx), state, batch)
+    step = make_train_step(parts.loss_fn, tx, trainable=parts.trainable)
+    counted = bert_flops.compiled_flops(step, state, batch)
     assert 0.5 < flops(**sizes) / counted < 1.5
 
 
