@@ -118,7 +118,8 @@ class Lora:
             return y
         a, b = leaves["a"], leaves["b"]
         x, scale = (*args, *kwargs.values())[0], self.scale(a.shape[-1])
-        y = y + _branch(call, self._dropped(x, call.module), a.astype(y.dtype), b.astype(y.dtype), scale)
+        added = _branch(call, self._dropped(x, call.module), a.astype(y.dtype), b.astype(y.dtype), scale)
+        y = y + added[..., : y.shape[-1]]  # logits may lack the padding of their table
         return _directed(call.module, y, a, b, scale, leaves["magnitude"]) if "magnitude" in leaves else y
 
     def _dropped(self, x: Array, module: nn.Module) -> Array:

@@ -4,6 +4,7 @@ Dimensions: `B` batch, `T` time, `D` width, `V` vocabulary.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -11,6 +12,7 @@ from jaxdl.models.block import Block, Norm
 from jaxdl.models.checks import check, count_problem, rate_problem
 from jaxdl.models.layers import dropout
 from jaxdl.models.positions import sinusoids
+from jaxdl.models.product import table_product
 
 VOCABULARY_MULTIPLE = 128
 
@@ -69,7 +71,7 @@ class Embed(nn.Module):
         super().__post_init__()
 
     def setup(self) -> None:
-        self.token = self._table(padded_size(self.vocab_size), "token")
+        self.token = self._table(padded_size(self.vocab_size), "token", n_read=self.vocab_size)
         if self.n_positions and not self.has_sinusoids:
             self.position = self._table(self.n_positions, "position")
         if self.n_token_types:
@@ -77,11 +79,12 @@ class Embed(nn.Module):
         if self.has_norm:
             self.norm = Norm(self.block, name="norm")
 
-    def _table(self, n_rows: int, name: str) -> "Table":
+    def _table(self, n_rows: int, name: str, n_read: int | None = None) -> "Table":
         block = self.block
         return Table(
             n_rows,
             block.width,
+            n_read=n_read,
             embedding_init=nn.initializers.normal(block.init_std),
             dtype=block.dtype,
             param_dtype=block.param_dtype,
@@ -131,13 +134,20 @@ class Table(nn.Embed):
 
     Products with vectors, `attend`, are made in the dtype of the vectors, as a Dense layer's are, and then given as
     float32 at least: a loss reads logits of bfloat16 in half the time of float32.
+
+    Args:
+      n_read: rows that are read; the rest is padding. A CPU cuts it off the table, which costs less than to cut it off
+        the products; a GPU wants them whole.
     """
+
+    n_read: int | None = None
 
     def __call__(self, inputs: Array) -> Array:
         """(...) int -> (..., D) in `dtype`."""
         return jnp.take(self.embedding, inputs, axis=0).astype(self.dtype or self.embedding.dtype)
 
     def attend(self, query: Array) -> Array:
-        """(..., D) -> (..., rows)."""
-        products = jnp.einsum("...d,vd->...v", query, jnp.asarray(self.embedding, query.dtype))
+        """(..., D) -> (..., rows), or on a CPU (..., rows that are read)."""
+        n_rows = self.n_read if jax.default_backend() == "cpu" else None
+        products = table_product(query, jnp.asarray(self.embedding[:n_rows], query.dtype))
         return products.astype(jnp.promote_types(query.dtype, jnp.float32))

@@ -33,9 +33,8 @@ def product(inputs: Array, kernel_DF: Array, dimension_numbers: Any = None, **op
     """
     usual = (((inputs.ndim - 1,), (0,)), ((), ()))
     numbers = usual if dimension_numbers is None else dimension_numbers
-    is_long = jax.sharding.get_abstract_mesh().shape.get("sequence", 1) > 1  # merged, time cannot be cut over devices
-    is_plain = numbers == usual and inputs.ndim > 1 and kernel_DF.ndim == 2 and not is_long
-    if not is_plain or jax.default_backend() != "cpu":
+    is_plain = numbers == usual and inputs.ndim > 1 and kernel_DF.ndim == 2
+    if not is_plain or not _merges():
         return jax.lax.dot_general(inputs, kernel_DF, numbers, **options)
     rows_ND = inputs.reshape(-1, inputs.shape[-1])
     (n, d), f = rows_ND.shape, kernel_DF.shape[1]
@@ -45,8 +44,35 @@ def product(inputs: Array, kernel_DF: Array, dimension_numbers: Any = None, **op
     return out_NF.reshape(*inputs.shape[:-1], f)
 
 
+def table_product(inputs: Array, table_FD: Array) -> Array:
+    """Inputs (..., D) times a table (F, D) turned round, as tied logits are: (..., F).
+
+    On a CPU the leading axes are merged into one, as in `product`: XLA would copy the gradient of the logits.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> table_product(jnp.ones((2, 5, 3)), jnp.ones((4, 3))).shape
+      (2, 5, 4)
+    """
+    if not _merges():
+        return jax.lax.dot_general(inputs, table_FD, (((inputs.ndim - 1,), (1,)), ((), ())))
+    return _table_product(inputs.reshape(-1, inputs.shape[-1]), table_FD).reshape(*inputs.shape[:-1], -1)
+
+
+def _merges() -> bool:
+    """Merged with the batch, time cannot be cut over devices."""
+    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().shape.get("sequence", 1) == 1
+
+
 def _product(a_ND: Array, b_DF: Array, **options: Any) -> Array:
     return jax.lax.dot_general(a_ND, b_DF, (((1,), (0,)), ((), ())), **options)
+
+
+def _table_product(a_ND: Array, b_FD: Array) -> Array:
+    return jax.lax.dot_general(a_ND, b_FD, (((1,), (1,)), ((), ())))
+
+
+_called_table_product = jax.jit(_table_product)
 
 
 @jax.custom_jvp
@@ -56,16 +82,11 @@ def _narrow_product(rows_ND: Array, kernel_DF: Array) -> Array:
 
 @_narrow_product.defjvp
 def _narrow_product_along(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    """What the kernel's tangent does is written turned round, and so is its transpose, the kernel's gradient.
+    """What the kernel's tangent does is written with the kernel turned round, and so is its transpose, the gradient.
 
-    It is a function that XLA calls: else XLA would turn the operands back and take its slow product.
+    It is a function that XLA calls: else XLA would turn the kernel back and take its slow product.
     """
     (rows_ND, kernel_DF), (d_rows_ND, d_kernel_DF) = primals, tangents
     with set_xla_metadata(inlineable="false"):
-        along_FN = _turned_product(d_kernel_DF.T, rows_ND)
-    return _product(rows_ND, kernel_DF), _product(d_rows_ND, kernel_DF) + along_FN.T
-
-
-@jax.jit
-def _turned_product(kernel_FD: Array, rows_ND: Array) -> Array:
-    return jax.lax.dot_general(kernel_FD, rows_ND, (((1,), (1,)), ((), ())))
+        along_NF = _called_table_product(rows_ND, d_kernel_DF.T)
+    return _product(rows_ND, kernel_DF), _product(d_rows_ND, kernel_DF) + along_NF
