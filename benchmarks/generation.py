@@ -31,8 +31,8 @@ class Workload(NamedTuple):
 WORKLOADS = {
     "GPT 6 x 384": Workload(SMALL, 1, 64),
     "GPT 6 x 384, batch 8": Workload(SMALL, 8, 64),
-    "GPT-2 124M": Workload(GPT2_SMALL, 1, 32),
-    "GPT-2 124M, batch 8": Workload(GPT2_SMALL, 8, 32),
+    "GPT-2 124M": Workload(GPT2_SMALL, 1, 24),
+    "GPT-2 124M, batch 8": Workload(GPT2_SMALL, 8, 16),
 }
 
 

@@ -18,8 +18,8 @@ SIZES: dict[str, Any] = {"width": 256, "n_layers": 2, "length": 128, "batch_size
 N_OUTPUTS = 10
 # name -> (options of both sides, floor and aim, steps of a round)
 WORKLOADS = {
-    "LSTM": ({"cell": "lstm", "bidirectional": False}, Aim(0.7, 1.0), 4),
-    "GRU": ({"cell": "gru", "bidirectional": False}, Aim(1.0, 1.2), 4),
+    "LSTM": ({"cell": "lstm", "bidirectional": False}, Aim(0.7, 1.0), 3),
+    "GRU": ({"cell": "gru", "bidirectional": False}, Aim(1.0, 1.2), 3),
     "Bidirectional LSTM": ({"cell": "lstm", "bidirectional": True}, Aim(0.7, 1.0), 2),
 }
 

@@ -7,9 +7,10 @@ The pieces that a research script needs are here; the rest is a module away (`ja
 from jaxdl import losses, metrics, optim, paths
 from jaxdl.errors import JaxdlError
 from jaxdl.losses import LossOut
+from jaxdl.nonfinite import guard
 from jaxdl.optim import make_optimizer, make_schedule
 from jaxdl.state import TrainState, create_state
-from jaxdl.step import guard, make_eval_step, make_train_step, repeat
+from jaxdl.step import make_eval_step, make_train_step, repeat
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdl import metrics as metrics_lib
 from jaxdl.errors import JaxdlError
 from jaxdl.finetune.statistics import check_statistics, keep_statistics
 from jaxdl.losses import LossFn, LossOut
@@ -40,33 +39,24 @@ class Sums(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """A step as the two functions that it is made of, for runners that compile them apart (`parallel.exact`).
+    """A step as the two functions that it is made of, for what comes between them: `guard`, and runners that compile
+    them apart (`parallel.exact`).
 
     Attributes:
+      step: the whole; a wrapper of it that copied its attributes is another function.
+      sums: `(state, batch) -> Sums`, over all devices of a mapped axis.
       gradient: `(state, batch, rng) -> Sums` over the rows of this batch.
       update: `(state, sums) -> (state, metrics)`.
       loss_fn: the loss of `gradient`.
       microbatches: the parts into which `gradient` cuts its batch.
     """
 
+    step: Step
+    sums: Callable[[TrainState, Any], Sums]
     gradient: Callable[[TrainState, Any, Array], Sums]
     update: Callable[[TrainState, Sums], tuple[TrainState, dict[str, Any]]]
     loss_fn: LossFn
     microbatches: int
-
-
-class Stages(NamedTuple):
-    """A step as what it computes of a batch, and the update by that; `guard` decides between the two.
-
-    Attributes:
-      step: the whole, of which these are the parts; wrappers of it that copied its attributes are not.
-      sums: `(state, batch) -> sums`.
-      update: `(state, sums) -> (state, metrics)`.
-    """
-
-    step: Step
-    sums: Callable[[TrainState, Any], Any]
-    update: Step
 
 
 def make_train_step(
@@ -103,13 +93,14 @@ def make_train_step(
 
     Example:
       >>> from jaxdl import create_state, losses
+      >>> from jaxdl.metrics import finish
       >>> def loss_fn(params, extra, batch, rng):
       ...     return LossOut(*losses.squared_error(batch["x"] * params["w"], batch["y"]))
       >>> tx = optax.sgd(0.5)
       >>> state = create_state({"w": jnp.zeros(())}, {}, tx, rng=jax.random.key(0))
       >>> step = jax.jit(make_train_step(loss_fn, tx))
       >>> state, metrics = step(state, {"x": jnp.ones(4), "y": jnp.ones(4)})
-      >>> float(state.params["w"]), metrics_lib.finish(metrics)["loss"]
+      >>> float(state.params["w"]), finish(metrics)["loss"]
       (1.0, 1.0)
     """
     if microbatches < 1:
@@ -159,10 +150,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         return update(state, sums_of(state, batch))
 
-    train_step.stages = Stages(train_step, sums_of, update)  # type: ignore[attr-defined]
-    update.stages = Stages(update, lambda state, sums: sums, update)  # type: ignore[attr-defined]
-    train_step.trainable = trainable  # type: ignore[attr-defined]
-    train_step.halves = Halves(gradient, update, loss_fn, microbatches)  # type: ignore[attr-defined]
+    halves = Halves(train_step, sums_of, gradient, update, loss_fn, microbatches)
+    train_step.trainable, train_step.halves = trainable, halves  # type: ignore[attr-defined]
     return train_step
 
 
@@ -307,96 +296,3 @@ def on_rows(step: Step, dataset: Any) -> Step:
       40
     """
     return lambda state, rows: step(state, jax.tree.map(lambda x: x[rows], dataset))
-
-
-def guard(step: Step, policy: str = "stop") -> Step:
-    """Makes a step that never lets a non-finite loss or gradient into the state.
-
-    Args:
-      step: `(state, batch) -> (state, metrics)`; its floating metrics (the loss, the gradient norm) are looked at.
-      policy: `"stop"` holds the state as it was before the bad step, from then on: later calls change nothing, which
-        a negative `state.step` (the bitwise complement of the step that failed) shows. `nonfinite.check` turns it
-        into an error that names leaf, step and rows. `"skip"` leaves params, extra and opt_state as they were and
-        goes on with the next step; the metric `skipped` is the share of steps this happened to.
-
-    Raises:
-      JaxdlError: an unknown policy.
-
-    Example:
-      >>> state = TrainState(jnp.int32(7), jnp.float32(1.0), {}, (), jax.random.key(0))
-      >>> def step(state, batch):
-      ...     return state.replace(step=state.step + 1, params=batch), {"loss": batch}
-      >>> after, _ = guard(step)(state, jnp.float32(jnp.nan))
-      >>> int(after.step), float(after.params)
-      (-8, 1.0)
-    """
-    if policy not in ("stop", "skip"):
-        raise JaxdlError(f"guard policy={policy!r} must be 'stop' or 'skip'.")
-
-    @functools.wraps(step)
-    def stop(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        new, metrics, choose = _tried(step, state, batch)
-        is_held = state.step < 0
-        good = is_finite(metrics) & ~is_held
-        held = state.replace(step=jnp.where(is_held, state.step, ~state.step))
-        return choose(good, new, held), metrics
-
-    @functools.wraps(step)
-    def skip(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        new, metrics, choose = _tried(step, state, batch)
-        good = is_finite(metrics)
-        kept = {name: _harmless(value, good) for name, value in metrics.items()}
-        overflow = metrics["skipped"].total if "skipped" in metrics else 0.0  # that loss scaling has skipped itself
-        skipped = Mean(jnp.maximum(1.0 - good.astype(jnp.float32), overflow), jnp.float32(1))
-        return choose(good, new, state.replace(step=new.step)), {**kept, "skipped": skipped}
-
-    guarded = stop if policy == "stop" else skip
-    if hasattr(step, "halves"):
-        guarded.halves = step.halves._replace(update=guard(step.halves.update, policy))  # type: ignore[attr-defined]
-    return guarded
-
-
-def _tried(step: Step, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any], Any]:
-    """What a step does, and the function `(condition, new, old)` that chooses between its state and another.
-
-    On a CPU the update of a train step is computed where it is chosen: XLA copies the moments of an optimizer if it has
-    to choose between the new and the old ones afterwards, a sixth of the step of an MLP, and else updates them in
-    place. It drops what of the first `update` only the new state needs.
-    """
-    stages = getattr(step, "stages", None)
-    if stages is None or stages.step is not step or jax.default_backend() != "cpu":
-        return *step(state, batch), _where
-    sums = stages.sums(state, batch)
-
-    def choose(condition: Array, new: TrainState, old: TrainState) -> TrainState:
-        def updated(state: TrainState, sums: Any) -> TrainState:
-            return stages.update(state, sums)[0].replace(rng=None)
-
-        chosen = jax.lax.cond(condition, updated, lambda *_: old.replace(rng=None), state, sums)
-        return chosen.replace(rng=old.rng)
-
-    return *stages.update(state, sums), choose
-
-
-def _harmless(value: Any, good: Array) -> Any:
-    """Empties the sums of a skipped step and puts 0 in the place of a non-finite number."""
-    if isinstance(value, metrics_lib.METRICS):
-        return jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), value)
-    return jnp.where(jnp.isfinite(value), value, jnp.zeros_like(value))
-
-
-def is_finite(tree: Tree) -> Array:
-    """Whether every floating leaf of a tree is finite, as a bool scalar.
-
-    Example:
-      >>> bool(is_finite({"a": jnp.ones(2), "b": jnp.array([1.0, jnp.nan])}))
-      False
-    """
-    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
-
-
-def _where(condition: Array, a: TrainState, b: TrainState) -> TrainState:
-    rng = b.rng
-    chosen = jax.tree.map(lambda x, y: jnp.where(condition, x, y), a.replace(rng=None), b.replace(rng=None))
-    return chosen.replace(rng=rng)

@@ -18,9 +18,10 @@ import numpy as np
 from jaxdl.losses import LossFn, LossOut
 from jaxdl.metrics import Mean
 from jaxdl.models.checks import check, count_problem, name_problem
+from jaxdl.nonfinite import is_finite
 from jaxdl.paths import Tree
 from jaxdl.state import TrainState
-from jaxdl.step import Step, is_finite
+from jaxdl.step import Step
 
 Array = jax.Array
 Batch = Mapping[str, Array]

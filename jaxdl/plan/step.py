@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxdl import paths
 from jaxdl.errors import JaxdlError
+from jaxdl.nonfinite import guard
 from jaxdl.parallel import batch_shardings, bytes_per_device, constrained, make_mesh, state_shardings, unused_axes
 from jaxdl.parallel.sharding import n_bytes
 from jaxdl.plan import collectives, flops, program
@@ -18,7 +19,7 @@ from jaxdl.plan.sketch import Sketch
 from jaxdl.plan.topology import Topology
 from jaxdl.run import parameter_rows
 from jaxdl.state import TrainState, create_state
-from jaxdl.step import Step, guard, make_train_step
+from jaxdl.step import Step, make_train_step
 
 
 class PlanError(JaxdlError):
