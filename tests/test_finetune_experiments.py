@@ -30,7 +30,7 @@ from jaxdl.data.text import Tokenizer
 ROOT = Path(__file__).parents[1]
 TEXT = sorted((ROOT / "configs").glob("minilm_*.py"))
 IMAGES = sorted((ROOT / "configs").glob("fashion_shoes_*.py"))
-QUICK = ("minilm_full", "minilm_lora", "minilm_qlora", "fashion_shoes_full", "fashion_shoes_lora")
+QUICK = ("minilm_lora", "fashion_shoes_lora")
 GOOD, BAD = ("a fine film", "great fun", "it moves and delights"), ("a dull film", "no fun", "it bores and annoys")
 LABELS = {"good": GOOD, "bad": BAD}
 
@@ -172,6 +172,7 @@ def test_the_export_gives_the_same_predictions_in_transformers(folder, reviews, 
     assert theirs.config.id2label == {0: "negative", 1: "positive"}
 
 
+@pytest.mark.proof  # faults/test_unfreeze_kill is one, too, and a quarter as long
 def test_gradual_unfreezing_goes_on_where_it_was_stopped(folder, reviews, tmp_path):
     config = ROOT / "configs" / "minilm_full.py"
     flags = ["--config.finetune.open_every=2", "--config.loop.length=6", "--config.loop.checkpoint_every=2"]

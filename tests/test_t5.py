@@ -166,7 +166,7 @@ def test_it_learns_to_copy():
 
     losses = train(params)
     assert 2 < float(losses[0]) < 6
-    assert float(losses[-1]) < 0.2
+    assert float(jnp.median(losses[-20:])) < 0.2  # single ones jump
 
 
 def test_all_problems_of_the_fields_at_once():

@@ -149,7 +149,7 @@ def _moments(n):
     [
         (gpt.Jaxdl, GPT, gpt.flops_per_step),
         (vision.JaxdlCNN, CNN, vision.cnn_flops),
-        (vision.JaxdlResNet, RESNET, vision.resnet_flops),
+        pytest.param(vision.JaxdlResNet, RESNET, vision.resnet_flops, marks=pytest.mark.proof),
         *(
             (bert.Jaxdl, {**BERT, **WIDER, "kind": kind}, functools.partial(bert.flops_per_step, n_read=1))
             for kind in ("full", "last")
