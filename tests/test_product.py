@@ -38,7 +38,10 @@ def test_the_gradient_of_a_kernel_is_a_sum_over_one_axis():
     assert jax.tree.all(jax.tree.map(jnp.array_equal, params, nn.Dense(5).init(jax.random.key(0), x)))
 
 
-def test_the_gradient_of_a_kernel_with_few_outputs_is_a_called_product_of_rows():
+@pytest.mark.parametrize("most_turned", [0, 1 << 16])
+def test_the_gradient_of_a_kernel_with_few_outputs_is_a_called_product_of_rows(most_turned, monkeypatch):
+    monkeypatch.setattr("jaxdl.models.product.MOST_TURNED", most_turned)
+
     def loss(x, kernel):
         return (product(x, kernel) ** 3).sum()
 

@@ -9,6 +9,8 @@ import jax
 from jax import Array
 from jax.experimental.xla_metadata import set_xla_metadata
 
+MOST_TURNED = 1 << 16  # numbers that a copy turns round at no cost
+
 
 def product(inputs: Array, kernel_DF: Array, dimension_numbers: Any = None, **options: Any) -> Array:
     """Inputs (..., D) times a kernel (D, F); give it to Flax as `nn.Dense(..., dot_general=product)`.
@@ -84,9 +86,14 @@ def _narrow_product(rows_ND: Array, kernel_DF: Array) -> Array:
 def _narrow_product_along(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     """What the kernel's tangent does is written with the kernel turned round, and so is its transpose, the gradient.
 
-    It is a function that XLA calls: else XLA would turn the kernel back and take its slow product.
+    It is a function that XLA calls: else XLA would turn the kernel back and take its slow product. A small product is
+    written whole turned round, which two threads do faster; a large one would be copied for it.
     """
     (rows_ND, kernel_DF), (d_rows_ND, d_kernel_DF) = primals, tangents
+    is_small = len(rows_ND) * kernel_DF.shape[1] <= MOST_TURNED
     with set_xla_metadata(inlineable="false"):
-        along_NF = _called_table_product(rows_ND, d_kernel_DF.T)
+        if is_small:
+            along_NF = _called_table_product(d_kernel_DF.T, rows_ND).T
+        else:
+            along_NF = _called_table_product(rows_ND, d_kernel_DF.T)
     return _product(rows_ND, kernel_DF), _product(d_rows_ND, kernel_DF) + along_NF
