@@ -136,8 +136,8 @@ class Table(nn.Embed):
     float32 at least: a loss reads logits of bfloat16 in half the time of float32.
 
     Args:
-      n_read: rows that are read; the rest is padding. A CPU cuts it off the table, which costs less than to cut it off
-        the products; a GPU wants them whole.
+      n_read: rows that are read; the rest is padding. A CPU cuts it off the table where there are so many vectors that
+        their products are larger than it; a GPU wants it whole.
     """
 
     n_read: int | None = None
@@ -147,7 +147,8 @@ class Table(nn.Embed):
         return jnp.take(self.embedding, inputs, axis=0).astype(self.dtype or self.embedding.dtype)
 
     def attend(self, query: Array) -> Array:
-        """(..., D) -> (..., rows), or on a CPU (..., rows that are read)."""
-        n_rows = self.n_read if jax.default_backend() == "cpu" else None
+        """(..., D) -> (..., rows), or on a CPU perhaps (..., rows that are read)."""
+        is_cut = jax.default_backend() == "cpu" and query.size > query.shape[-1] ** 2
+        n_rows = self.n_read if is_cut else None
         products = table_product(query, jnp.asarray(self.embedding[:n_rows], query.dtype))
         return products.astype(jnp.promote_types(query.dtype, jnp.float32))
