@@ -31,7 +31,7 @@ prove-exact: $(VENV)/.installed-test
 prove-processes: $(VENV)/.installed-test
 	$(RUN) -m tests.prove_processes
 
-# About twenty minutes; docs/performance.md keeps what it printed.
+# About half an hour; docs/performance.md keeps what it printed.
 bench: $(VENV)/.installed-bench
 	$(RUN) -m benchmarks.run
 
