@@ -166,7 +166,7 @@ def test_the_kept_predictions_are_of_these_sizes():
 
 def test_the_kept_programs_multiply_in_bfloat16_call_cudnn_and_reuse_the_state():
     kept = json.loads(report.PREDICTIONS.read_text())["workloads"]
-    layers = {"gpt": 12, "vit": 12, "bert": 6}
+    layers = {"gpt": 12, "vit": 11, "bert": 5}  # the last of ViT and BERT has a single query, and is XLA's
     for name, told in ((name, told) for name, rows in kept.items() for told in rows.values()):
         if w.WORKLOADS[name].sizes["dtype"] == "bfloat16":
             assert told["products"].get("float32", 0) < 1e-3 * told["products"]["bfloat16"], name

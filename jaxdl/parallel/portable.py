@@ -22,9 +22,9 @@ def move(executable: jax.stages.Compiled, device: Any) -> jax.stages.Compiled | 
       A program that takes and returns arrays on `device`, or None where this JAX cannot: compile again then.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> double = jax.jit(lambda x: 2 * x).lower(jnp.ones(2)).compile()
-      >>> move(double, jax.devices()[1])(jax.device_put(jnp.ones(2), jax.devices()[1])).device
+      >>> import os, jax.numpy as jnp
+      >>> add = jax.jit(lambda x: x + os.getpid()).lower(jnp.ones(2)).compile()  # in no cache
+      >>> move(add, jax.devices()[1])(jax.device_put(jnp.ones(2), jax.devices()[1])).device
       CpuDevice(id=1)
     """
     try:

@@ -109,26 +109,28 @@ def _add_device(
 
 
 def boundaries(events: Sequence[Event], n_calls: int) -> list[float]:
-    """The start of each call: where the earliest operation starts that there is exactly once a call.
+    """The start of each call: of the first of the operations that there are exactly once a call.
+
+    Which is the first may differ from call to call: those that do not wait for each other run in any order.
 
     Raises:
       ProfileError: there is none, so that the trace is not of so many calls.
 
     Example:
-      >>> events = [Event(0, "a", start, start + 1.0, Key("m", name)) for start, name in ((0, "x"), (5, "y"), (9, "x"))]
-      >>> boundaries(events, 2)
-      [0, 9]
+      >>> starts = ((0, "x"), (2, "y"), (4, "z"), (8, "y"), (9, "x"))
+      >>> boundaries([Event(0, "a", start, start + 1.0, Key("m", name)) for start, name in starts], 2)
+      [0, 8]
     """
     starts: dict[Key, list[float]] = defaultdict(list)
     for event in events:
         if not event.is_task:
             starts[event.key].append(event.start)
-    once = [found for found in starts.values() if len(found) == n_calls]
+    once = [sorted(found) for found in starts.values() if len(found) == n_calls]
     if not once:
         raise ProfileError(
             f"no operation is in the trace once for each of {n_calls} calls: events were lost; trace fewer steps."
         )
-    return sorted(min(once, key=min))
+    return [min(nth) for nth in zip(*once, strict=True)]
 
 
 def own_segments(events: Sequence[Event], bounds: Sequence[float]) -> list[Segment]:
