@@ -51,7 +51,7 @@ def trained(name, mode, axes=None, sharding="replicated"):
     [
         ("mlp", (("data", 2),), "replicated"),
         ("mlp", (("data", 8),), "fsdp"),
-        pytest.param("gpt", (("data", 4), ("model", 2)), "fsdp_tensor", marks=pytest.mark.proof),
+        ("gpt", (("data", 4), ("model", 2)), "fsdp_tensor"),
     ],
 )
 def test_every_layout_gives_the_same_bits(name, axes, sharding):

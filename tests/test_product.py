@@ -56,6 +56,8 @@ def test_the_gradient_of_a_kernel_with_few_outputs_is_a_called_product_of_rows(m
     assert re.search(r" call\(.*inlineable", text)
     products = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)
     assert sorted(products) == ["24,3", "3,16"]  # of the form 16,3 it takes another, slow product
+    if most_turned:
+        assert re.findall(r"= \S+ dot\(.*?lhs_contracting_dims=\{(\d)\}", text) == ["1", "1"]
 
 
 def test_a_table_turned_round_is_a_product_of_merged_rows():

@@ -148,7 +148,7 @@ def test_it_learns_to_copy():
     tokens = jnp.asarray(np.random.default_rng(0).integers(2, 12, (64, 5)))
     inputs = shift_right(tokens)
     params = jax.jit(model.init)(jax.random.key(0), tokens, inputs=inputs)["params"]
-    tx = optax.adam(1e-2)
+    tx = optax.adam(3e-3)  # with 1e-2 single losses jump
 
     def loss_fn(params):
         logits = model.apply({"params": params}, tokens, inputs=inputs)
@@ -166,7 +166,7 @@ def test_it_learns_to_copy():
 
     losses = train(params)
     assert 2 < float(losses[0]) < 6
-    assert float(jnp.median(losses[-20:])) < 0.2  # single ones jump
+    assert float(losses[-1]) < 0.2
 
 
 def test_all_problems_of_the_fields_at_once():
