@@ -203,34 +203,23 @@ def flops_per_step(
     vocab_size: int,
     length: int,
     batch_size: int,
-    n_read: int | None = None,
 ) -> int:
     """Operations of the products of one update; the pooler, the head and LoRA's own matrices are left out.
-
-    Args:
-      n_read: tokens of a row whose states the last layer computes; None for all. The rest is as in `SIZES`.
 
     Example:
       >>> sizes = {"width": 1, "n_heads": 1, "hidden": 4, "n_layers": 2, "vocab_size": 9, "length": 3, "batch_size": 1}
       >>> [flops_per_step(kind, **sizes) for kind in ("full", "last", "lora")]  # a layer: 72 and 36 of attention
       [648, 414, 486]
-      >>> [flops_per_step(kind, **sizes, n_read=1) for kind in ("full", "last", "lora")]  # the last: 32 and 12
-      [456, 226, 334]
     """
-
-    def layer(n_queries: int) -> tuple[int, int, int]:
-        """Operations with weights, of attention, and of query, key and value alone."""
-        n, others = batch_size * length, batch_size * n_queries * (2 * width**2 + 2 * width * hidden)
-        weights = 2 * (2 * n * width**2 + others)
-        return weights, 4 * n * n_queries * width, 4 * n * width**2 + 2 * batch_size * n_queries * width**2
-
-    (weights, attention, inputs), last = layer(length), layer(length if n_read is None else n_read)
-    forward = (n_layers - 1) * (weights + attention) + last[0] + last[1]
+    n = batch_size * length
+    weights, attention = 2 * n * (4 * width**2 + 2 * width * hidden), 4 * n * length * width
+    inputs = 6 * n * width**2  # of query, key and value
+    forward = n_layers * (weights + attention)
     if kind == "full":
         return 3 * forward
     if kind == "last":  # the gradients of its weights, and of what comes after the query, key and value
-        return forward + 2 * (last[0] + last[1]) - last[2]
-    return 2 * forward + (n_layers - 1) * attention + last[1] - inputs
+        return forward + 2 * (weights + attention) - inputs
+    return 2 * forward + n_layers * attention - inputs
 
 
 def run(settings: Settings) -> list[Table]:
@@ -241,8 +230,7 @@ def run(settings: Settings) -> list[Table]:
         with tempfile.TemporaryDirectory() as directory:
             results = measure(_rows(kind, sizes, steps, settings, directory), settings)
         title = f"BERT as MiniLM, batch {SIZES['batch_size']}, length {SIZES['length']}, trains {what}: one step"
-        ours = flops_per_step(**sizes, n_read=1)
-        tables.append(table(title, results, flops=flops_per_step(**sizes), our_flops=ours, aim=aim))
+        tables.append(table(title, results, flops=flops_per_step(**sizes), aim=aim))
         found[kind] = next(result for result in results if result.name == "jaxdl")
     with Child(Competitor("FLOPs", "benchmarks.bert_flops:Counts", SIZES)) as child:
         settings.note("compiles to count FLOPs")
