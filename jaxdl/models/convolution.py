@@ -28,8 +28,8 @@ def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: Any, *
 
     On a CPU the gradients of a plain convolution are written as convolutions with channels last, too. XLA computes
     others quickly outside of loops only (jax#12868): in `repeat` a step of a small CNN would take 8 times as long, on
-    two devices 15 times. Wide ones of 3x3 with stride 1, in float32, are computed with 4 multiplications an output instead
-    of 9 (`jaxdl.models.winograd`). There is no forward-mode derivative of these then, as of max-pooling.
+    two devices 15 times. A wide kernel of 3x3 with stride 1 takes 4 multiplications an output there instead of 9, in
+    float32 (`jaxdl.models.winograd`). There is no forward-mode derivative of these then, as of max-pooling.
 
     Args:
       x: (B, H, W, C).
