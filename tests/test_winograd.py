@@ -17,14 +17,14 @@ SAME = ((1, 1), (1, 1))
 
 @pytest.fixture
 def small_groups(monkeypatch):
-    """Two images of 6 x 6 with 80 channels at a time."""
-    monkeypatch.setattr(winograd, "_CACHED", 2 * 16 * 9 * 80 * 4)
+    """Two images of 6 x 6 with 128 channels at a time."""
+    monkeypatch.setattr(winograd, "_CACHED", 2 * 16 * 9 * 128 * 4)
     jax.clear_caches()
     yield
     jax.clear_caches()
 
 
-def arrays(size, n_in=80, n_out=80, n_images=8, pads=SAME):
+def arrays(size, n_in=128, n_out=128, n_images=8, pads=SAME):
     rng = np.random.default_rng(0)
     height, width = (n + sum(pad) - 2 for n, pad in zip(size, pads, strict=True))
     x = rng.standard_normal((n_images, *size, n_in))
@@ -88,7 +88,7 @@ def test_groups_of_images_give_the_same(size):
 
 
 def test_rounding_is_about_that_of_the_direct_convolution():
-    x, kernel, dy = arrays((16, 16), 128, 128)
+    x, kernel, dy = arrays((16, 16))
     exact = by_definition(x, kernel, dy, SAME)[0]
     singles = [jnp.asarray(part, jnp.float32) for part in (x, kernel)]
     direct = jax.lax.conv_general_dilated(*singles, (1, 1), SAME, dimension_numbers=convolution_module._LAYOUT)
@@ -98,7 +98,7 @@ def test_rounding_is_about_that_of_the_direct_convolution():
 
 @pytest.mark.parametrize("case", ["narrow", "few", "strided", "half", "wider kernel"])
 def test_elsewhere_xla_convolves(case):
-    x, kernel, dy = arrays((6, 6), n_in=16 if case == "narrow" else 80, n_images=2 if case == "few" else 8)
+    x, kernel, dy = arrays((6, 6), n_in=16 if case == "narrow" else 128, n_images=2 if case == "few" else 8)
     strides = (2, 2) if case == "strided" else (1, 1)
     if case == "strided":
         dy = dy[:, ::2, ::2]
@@ -109,9 +109,16 @@ def test_elsewhere_xla_convolves(case):
 
 
 def test_a_narrower_layer_has_it_without_the_gradient_of_the_kernel():
-    text = primitives(*(jnp.asarray(part, jnp.float32) for part in arrays((6, 6), 32, 64)))
+    text = primitives(*(jnp.asarray(part, jnp.float32) for part in arrays((6, 6), 64, 64)))
     assert "convolve" in text
     assert "gradient_of_kernel" not in text
+
+
+def test_where_each_core_is_a_device_a_layer_must_be_wider(monkeypatch):
+    x, kernel, _ = (jnp.asarray(part, jnp.float32) for part in arrays((6, 6), 32, 64))
+    assert not winograd.is_faster(x, kernel, (1, 1), SAME)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    assert winograd.is_faster(x, kernel, (1, 1), SAME)
 
 
 @pytest.mark.usefixtures("small_groups")

@@ -7,9 +7,11 @@ tile. The gradient of the kernel is `G^T [(B^T d B) * (A dy A^T)] G`.
 Dimensions: `B` batch, `H` height, `W` width, `C` channels in, `O` channels out, `h` and `w` tiles in height and width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -19,14 +21,16 @@ _Grid = Sequence[Sequence[Array]]  # an array for each place
 _OF_INPUT: _Matrix = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B^T
 _OF_KERNEL: _Matrix = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # G
 _OF_OUTPUT: _Matrix = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T
-_LEAST_WIDTH, _LEAST_WIDTH_FOR_KERNEL, _LEAST_TILES = 20, 40, 32  # below, transforms take what the products save
+# Below these, transforms take what the products save; where each core is a device, they wait for memory more.
+_LEAST_WIDTH, _LEAST_WIDTH_OF_SEVERAL, _LEAST_WIDTH_FOR_KERNEL, _LEAST_TILES = 20, 30, 40, 32
 _CACHED = 2**23  # bytes of the transformed tiles that are at work at a time
 
 
 def is_faster(x: Array, kernel: Array, strides: Sequence[int], pads: Pads, for_kernel: bool = False) -> bool:
     """Whether `convolve`, or `gradient_of_kernel`, is faster than XLA's convolutions on a CPU.
 
-    It was measured on two cores with AVX-512, of 1, 2 and 32 images of 4 to 32 pixels, 32 to 512 channels.
+    It was measured on two cores with AVX-512, on one and two devices, of 1 to 128 images, 4 to 32 pixels and 32 to 512
+    channels.
 
     Example:
       >>> x, kernel, pads = jnp.ones((8, 16, 16, 64)), jnp.ones((3, 3, 64, 64)), ((1, 1), (1, 1))
@@ -36,8 +40,10 @@ def is_faster(x: Array, kernel: Array, strides: Sequence[int], pads: Pads, for_k
     if kernel.shape[:2] != (3, 3) or tuple(strides) != (1, 1):
         return False
     (h, w), (n_in, n_out) = _n_tiles(x, pads), kernel.shape[2:]
-    least = _LEAST_WIDTH_FOR_KERNEL if for_kernel else _LEAST_WIDTH
-    is_wide = n_in * n_out >= least * (n_in + n_out) and len(x) * h * w >= _LEAST_TILES
+    least = _LEAST_WIDTH if jax.local_device_count() == 1 else _LEAST_WIDTH_OF_SEVERAL
+    least = _LEAST_WIDTH_FOR_KERNEL if for_kernel else least
+    n_whole, n_outputs = 4 * h * w, math.prod(_output_size(x, pads))  # an odd size fills its last tiles with zeros
+    is_wide = n_in * n_out * n_outputs >= least * (n_in + n_out) * n_whole and len(x) * h * w >= _LEAST_TILES
     return is_wide and x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.float64)
 
 
