@@ -110,15 +110,20 @@ def test_elsewhere_xla_convolves(case):
 
 def test_a_narrower_layer_has_it_without_the_gradient_of_the_kernel():
     text = primitives(*(jnp.asarray(part, jnp.float32) for part in arrays((6, 6), 64, 64)))
-    assert "convolve" in text
+    assert "name=convolve" in text
     assert "gradient_of_kernel" not in text
 
 
-def test_where_each_core_is_a_device_a_layer_must_be_wider(monkeypatch):
-    x, kernel, _ = (jnp.asarray(part, jnp.float32) for part in arrays((6, 6), 32, 64))
-    assert not winograd.is_faster(x, kernel, (1, 1), SAME)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-    assert winograd.is_faster(x, kernel, (1, 1), SAME)
+def test_mapped_over_devices_a_layer_must_be_wider():
+    """Whatever the number of devices: exact mode, which maps nothing, computes the same on any."""
+    numbers = [jnp.asarray(part, jnp.float32) for part in arrays((6, 6), 32, 64)]
+
+    def forward(x, kernel):
+        return convolution(x, kernel, (1, 1), SAME)
+
+    mapped = jax.shard_map(forward, mesh=make_mesh(data=2), in_specs=(P("data"), P()), out_specs=P("data"))
+    assert "name=convolve" in str(jax.make_jaxpr(forward)(*numbers[:2]))
+    assert "name=convolve" not in str(jax.make_jaxpr(mapped)(*numbers[:2]))
 
 
 @pytest.mark.usefixtures("small_groups")

@@ -21,8 +21,8 @@ _Grid = Sequence[Sequence[Array]]  # an array for each place
 _OF_INPUT: _Matrix = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B^T
 _OF_KERNEL: _Matrix = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # G
 _OF_OUTPUT: _Matrix = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T
-# Below these, transforms take what the products save; where each core is a device, they wait for memory more.
-_LEAST_WIDTH, _LEAST_WIDTH_OF_SEVERAL, _LEAST_WIDTH_FOR_KERNEL, _LEAST_TILES = 20, 30, 40, 32
+# Below these, transforms take what the products save; mapped over a device a core, they wait for memory more.
+_LEAST_WIDTH, _LEAST_WIDTH_MAPPED, _LEAST_WIDTH_FOR_KERNEL, _LEAST_TILES = 20, 30, 40, 32
 _CACHED = 2**23  # bytes of the transformed tiles that are at work at a time
 
 
@@ -40,7 +40,7 @@ def is_faster(x: Array, kernel: Array, strides: Sequence[int], pads: Pads, for_k
     if kernel.shape[:2] != (3, 3) or tuple(strides) != (1, 1):
         return False
     (h, w), (n_in, n_out) = _n_tiles(x, pads), kernel.shape[2:]
-    least = _LEAST_WIDTH if jax.local_device_count() == 1 else _LEAST_WIDTH_OF_SEVERAL
+    least = _LEAST_WIDTH_MAPPED if jax.sharding.get_abstract_mesh().manual_axes else _LEAST_WIDTH
     least = _LEAST_WIDTH_FOR_KERNEL if for_kernel else least
     n_whole, n_outputs = 4 * h * w, math.prod(_output_size(x, pads))  # an odd size fills its last tiles with zeros
     is_wide = n_in * n_out * n_outputs >= least * (n_in + n_out) * n_whole and len(x) * h * w >= _LEAST_TILES
