@@ -72,6 +72,8 @@ class Jaxdl:
     ) -> None:
         import jax
 
+        from jaxdl.plan.flops import count_flops
+
         self.mesh = data_mesh(n_devices)  # before anything else touches JAX
         use_full_float32()
         self.axis_name = "data" if is_mapped else None
@@ -81,8 +83,6 @@ class Jaxdl:
         while len(losses) < N_LOSSES:
             losses += self.losses(jax.device_get(self._step()))
         moments = jax.tree.leaves(getattr(self.state, "opt_state", ()))
-        from jaxdl.plan.flops import count_flops
-
         self.facts = {
             "first_losses": losses[:N_LOSSES],
             "optimizer_bytes": sum(leaf.nbytes for leaf in moments),

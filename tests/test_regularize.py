@@ -27,9 +27,7 @@ from jaxdl.paths import RuleError, match
 RATE, L1, L2 = 0.1, 0.3, 0.7
 FACTORS = {"body": {"kernel": 0.5, "bias": 0.0}, "head": {"kernel": 1.0, "bias": 0.0}}
 RULES = [("head/kernel", True), ("body/kernel", 0.5), (".*", False)]
-# XLA takes what is below 1.2e-38 for 0 on a CPU: neither a number nor a difference of two comes near it.
-sizes = st.just(0.0) | st.floats(np.float32(1e-30), 50, width=32)
-floats = sizes | sizes.map(lambda size: -2 * size)
+floats = st.floats(-100, 100, width=32)
 
 
 @pytest.fixture
@@ -143,7 +141,7 @@ def test_the_penalty_of_half_a_tree_counts_that_half(params):
     assert float(penalty({"bias": jnp.ones(3)}, l1=L1)) == 0.0
 
 
-@given(hnp.arrays(np.float32, 5, elements=floats), sizes)
+@given(hnp.arrays(np.float32, 5, elements=floats), st.floats(0, 50, width=32))
 @settings(max_examples=50, deadline=None)
 def test_soft_threshold_minimises_its_objective(x, threshold):
     """The proximal operator is the argmin of (z - x)^2 / 2 + t |z|, entry by entry."""
@@ -152,7 +150,12 @@ def test_soft_threshold_minimises_its_objective(x, threshold):
     best = (z - x) ** 2 / 2 + threshold * np.abs(z)
     for other in (x, np.zeros(5), z + 0.1, z - 0.1):
         assert np.all(best <= (other - x) ** 2 / 2 + threshold * np.abs(other) + 1e-3)
-    np.testing.assert_array_equal(z == 0, np.abs(x) <= threshold)
+    np.testing.assert_array_equal(z == 0, flushed(np.abs(flushed(x)) - flushed(threshold)) <= 0)
+
+
+def flushed(x):
+    """What is too small for a normal float32 is 0 to XLA on a CPU."""
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, 0, x)
 
 
 def numpy_ista(features, target, *, l1, rate, n_steps):
