@@ -117,11 +117,11 @@ def test_quick_gelu():
 def test_the_sigmoid_loss_has_a_bias_to_learn():
     model = CLIP(make_text(), make_vision(), 7, scale_init=10.0, bias_init=-10.0)
     params, _ = init_model(model, jax.random.key(0), TOKENS, image=IMAGE)
-    out = model.apply({"params": params}, TOKENS, image=IMAGE)
+    out = jax.jit(model.apply)({"params": params}, TOKENS, image=IMAGE)
     np.testing.assert_allclose(out.logits, 10 * out.image_embeds @ out.text_embeds.T - 10, rtol=1e-4, atol=1e-5)
     loss_fn = make_loss_fn(model, contrast(loss="sigmoid"), inputs=("tokens", "image"), train=True)
     batch = {"tokens": TOKENS, "image": IMAGE[:3]}
-    gradient = jax.grad(lambda p: loss_fn(p, {}, batch, jax.random.key(1)).total)(params)
+    gradient = jax.jit(jax.grad(lambda p: loss_fn(p, {}, batch, jax.random.key(1)).total))(params)
     assert abs(float(gradient["logit_bias"])) > 1
 
 

@@ -60,7 +60,7 @@ def test_attention_against_a_loop(module, score):
 def make(**options):
     model = Seq2Seq(source_vocab_size=9, target_vocab_size=7, width=8, embed_width=6, **options)
     source, previous = jnp.array([[3, 4, 5, 6, 8], [7, 3, 0, 0, 0]]), jnp.array([[1, 3, 4, 5], [1, 6, 2, 0]])
-    variables = model.init(jax.random.key(0), source, previous=previous)
+    variables = jax.jit(model.init)(jax.random.key(0), source, previous=previous)
     return model, variables, source, previous, jnp.array([5, 2])
 
 
@@ -75,7 +75,7 @@ def test_padding_of_the_source_changes_nothing(cell, attention):
     mask = jnp.arange(5)[None] < lengths[:, None]
     by_mask = jax.jit(lambda source: model.apply(variables, source, previous=previous, mask=mask))(source)
     np.testing.assert_array_equal(logits, by_mask)
-    alone = model.apply(variables, source[1:, :2], previous=previous[1:])
+    alone = jax.jit(model.apply)(variables, source[1:, :2], previous=previous[1:])
     np.testing.assert_allclose(logits[1:], alone, atol=1e-6)
 
 
@@ -90,10 +90,11 @@ def test_a_target_sees_only_the_tokens_before_it():
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_step_by_step_equals_teacher_forcing(cell):
     model, variables, source, previous, lengths = make(cell=cell, n_decoder_layers=2)
-    expected = model.apply(variables, source, previous=previous, lengths=lengths)
-    memory, carry = model.apply(variables, source, lengths=lengths, method=Seq2Seq.encode)
+    apply = jax.jit(model.apply, static_argnames="method")
+    expected = apply(variables, source, previous=previous, lengths=lengths)
+    memory, carry = apply(variables, source, lengths=lengths, method=Seq2Seq.encode)
     for t in range(previous.shape[1]):
-        logits, carry = model.apply(variables, previous[:, t : t + 1], memory, carry, method=Seq2Seq.decode)
+        logits, carry = apply(variables, previous[:, t : t + 1], memory, carry, method=Seq2Seq.decode)
         np.testing.assert_allclose(logits[:, 0], expected[:, t], atol=1e-5)
 
 

@@ -84,7 +84,7 @@ def test_the_states_of_the_first_tokens_and_their_gradients_do_not_depend_on_the
     step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
     (_, cut), gradients = step(params, X, 2)
     (_, whole), expected = step(params, X, None)
-    assert stack.apply({"params": params}, X, n_first=2)[0].shape == (2, 2, 16)
+    assert jax.eval_shape(lambda: stack.apply({"params": params}, X, n_first=2)[0]).shape == (2, 2, 16)
     np.testing.assert_allclose(cut, whole, atol=2e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradients, expected)
     assert all(jnp.any(leaf) for leaf in jax.tree.leaves(gradients))
@@ -182,14 +182,14 @@ def test_padding_changes_nothing_and_gets_no_gradient(name):
 def test_cross_attention_reads_the_memory_or_the_cache_of_it():
     stack = Stack((PLAIN.replace(has_cross=True),) * 2, layout="unrolled")
     memory, memory_mask = jax.random.normal(jax.random.key(3), (2, 5, 16)), jnp.array([[1] * 5, [1, 1, 1, 0, 0]])
-    params = stack.init(jax.random.key(1), X, memory=memory)["params"]
+    params = jax.jit(stack.init)(jax.random.key(1), X, memory=memory)["params"]
     whole = output(stack, params, memory=memory, memory_mask=memory_mask)
     disturbed = output(stack, params, memory=memory.at[1, 3:].set(9.0), memory_mask=memory_mask)
     assert bool(jnp.all(whole == disturbed))
     assert not bool(jnp.allclose(whole, output(stack, params, memory=memory + 1, memory_mask=memory_mask)))
     cache = init_cache(stack, 2, 7, n_memory=5)
-    first, cache = stack.apply({"params": params}, X[:, :4], memory=memory, memory_mask=memory_mask, cache=cache)
-    rest, _ = stack.apply({"params": params}, X[:, 4:], memory_mask=memory_mask, cache=cache)
+    first, cache = run(stack, params, X[:, :4], {"memory": memory, "memory_mask": memory_mask, "cache": cache})
+    rest, _ = run(stack, params, X[:, 4:], {"memory_mask": memory_mask, "cache": cache})
     np.testing.assert_allclose(jnp.concatenate([first, rest], 1), whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(ModelError, match="needs a memory"):
         stack.apply({"params": params}, X)

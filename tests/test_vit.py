@@ -84,12 +84,13 @@ def test_interpolation_keeps_constants_and_planes():
 def test_the_class_token_sees_all_patches_and_position_matters():
     model = make(head="pool")
     variables = init(model)
-    gradient = jax.grad(lambda x: jnp.sum(model.apply(variables, x) ** 2))(jnp.asarray(IMAGE))
+    apply = jax.jit(model.apply)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(model.apply(variables, x) ** 2)))(jnp.asarray(IMAGE))
     assert bool((jnp.abs(gradient).reshape(2, 3, 4, 2, 4, 3).sum((2, 4, 5)) > 0).all())
     moved = np.roll(IMAGE, 4, axis=1)
-    assert not np.allclose(model.apply(variables, IMAGE), model.apply(variables, moved), atol=1e-4)
+    assert not np.allclose(apply(variables, IMAGE), apply(variables, moved), atol=1e-4)
     variables["params"]["embed"]["position"]["embedding"] *= 0
-    np.testing.assert_allclose(model.apply(variables, IMAGE), model.apply(variables, moved), atol=1e-5)
+    np.testing.assert_allclose(apply(variables, IMAGE), apply(variables, moved), atol=1e-5)
 
 
 def test_has_pooler_returns_both():
