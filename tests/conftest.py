@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXDL_TEST_PLATFORM", "cpu")
 
 import jax
@@ -17,3 +19,8 @@ from jaxdl import host_memory  # noqa: E402
 
 # Experiments on a CPU keep freed memory; a process that runs hundreds of tests would hold that of the largest of all.
 host_memory._SETTINGS.clear()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """XLA optimizes as for users in files marked "optimized", elsewhere hardly: it takes most of the suite's time."""
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("optimized") is None)

@@ -41,6 +41,8 @@ from benchmarks.harness import (
 )
 from benchmarks.table import Table, not_run, ratio_cell, time_cell
 
+pytestmark = pytest.mark.optimized
+
 HERE = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
 
 

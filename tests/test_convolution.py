@@ -14,6 +14,8 @@ from jaxdl.models import convolution as convolution_module
 from jaxdl.models.convolution import convolution
 from tests import small_networks
 
+pytestmark = pytest.mark.optimized
+
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 

@@ -25,6 +25,8 @@ import pytest
 
 from jaxdl.config import parse
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(

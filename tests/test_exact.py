@@ -24,6 +24,8 @@ from jaxdl.parallel.pairwise import pack, unpack
 from jaxdl.paths import flatten
 from tests import prove_exact, small_networks
 
+pytestmark = pytest.mark.optimized
+
 STEPS = 20
 
 

@@ -16,6 +16,8 @@ from benchmarks.gpu import predict, report, rounds, run, sides
 from benchmarks.gpu import workloads as w
 from benchmarks.harness import Competitor, Result
 
+pytestmark = pytest.mark.optimized
+
 HERE = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
 
 

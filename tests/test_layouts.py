@@ -32,6 +32,8 @@ from jaxdl.parallel import (
 from jaxdl.paths import flatten
 from tests import small_networks
 
+pytestmark = pytest.mark.optimized
+
 STEPS, FLOOR_BYTES = 20, 512
 FSDP = functools.partial(with_fsdp, floor_bytes=FLOOR_BYTES)
 

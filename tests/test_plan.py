@@ -56,6 +56,8 @@ from jaxdl.plan import (
 from jaxdl.plan.flops import tracing_for, without_remat
 from jaxdl.pretrained import save
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT / 'configs' / 'digits_cnn.py'}"
 SMALL = [f"--config={ROOT / 'configs' / 'digits_mlp.py'}", "--config.model.widths=32"]

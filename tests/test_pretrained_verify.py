@@ -13,6 +13,8 @@ from jaxdl.pretrained.entries import dense, entry
 from jaxdl.pretrained.tensors import write_folder
 from tests.toy_family import TOY, Toy, entries, make_twin, tensors_of, to_config
 
+pytestmark = pytest.mark.optimized
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 

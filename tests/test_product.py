@@ -10,6 +10,8 @@ import pytest
 
 from jaxdl.models.product import product, table_product
 
+pytestmark = pytest.mark.optimized
+
 RNG = np.random.default_rng(0)
 
 

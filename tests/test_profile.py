@@ -30,6 +30,8 @@ from jaxdl.profile.operations import kind_of, read_operations
 from jaxdl.profile.timeline import HOST, IDLE, INPUT_WAIT, shares
 from jaxdl.profile.trace import Event, Key, Trace
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT / 'configs' / 'digits_cnn.py'}"
 PEAKS = Peaks({"float32": 1e12}, 1e11, "made up")

@@ -12,6 +12,8 @@ from jaxdl.models.recurrent_cells import CELLS, Cell, scan_cell
 from jaxdl.models.recurrent_gpu import choose_implementation, cudnn_lstm, pack_lstm
 from jaxdl.paths import flatten
 
+pytestmark = pytest.mark.optimized
+
 B, T, D, F = 3, 7, 4, 5
 LENGTHS = np.array([7, 1, 4])
 MASK = np.arange(T)[None] < LENGTHS[:, None]

@@ -19,6 +19,8 @@ from jaxdl.parallel import jit_step, make_mesh, state_shardings
 from jaxdl.parallel.ring import Ends, Rule, ring_attention
 from tests import small_networks
 
+pytestmark = pytest.mark.optimized
+
 B, T, H, K = 2, 16, 4, 3
 RNG = np.random.default_rng(0)
 

@@ -19,6 +19,8 @@ from jaxdl.objectives import classification
 from jaxdl.paths import RuleError
 from jaxdl.step import on_rows
 
+pytestmark = pytest.mark.optimized
+
 
 class Net(nn.Module):
     """A network with dropout and batch statistics."""

@@ -12,6 +12,8 @@ from benchmarks.harness import BenchmarkError, Competitor, Result, Settings, mea
 
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.optimized
+
 BERT = {"width": 16, "n_heads": 2, "hidden": 32, "n_layers": 2, "vocab_size": 50, "length": 8, "batch_size": 4}
 WIDER = {"width": 64, "hidden": 256, "length": 64}
 GPT = {"width": 16, "n_heads": 2, "n_layers": 2, "vocab_size": 50, "length": 8, "batch_size": 4}

@@ -12,6 +12,8 @@ from jaxdl.models import winograd
 from jaxdl.models.convolution import convolution
 from jaxdl.parallel import make_mesh
 
+pytestmark = pytest.mark.optimized
+
 SAME = ((1, 1), (1, 1))
 
 

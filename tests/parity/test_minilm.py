@@ -30,7 +30,7 @@ SENTENCES = [
 ]
 
 
-pytestmark = pytest.mark.xdist_group("minilm")
+pytestmark = [pytest.mark.xdist_group("minilm"), pytest.mark.optimized]
 
 
 @pytest.fixture(scope="module")
