@@ -144,3 +144,17 @@ def test_vmap_and_second_derivative():
 def test_impossible_windows_are_refused(window, strides, padding):
     with pytest.raises(ModelError, match=r"max_pool: [12] problem"):
         max_pool(jnp.zeros((1, 4, 4, 1)), window, strides, padding)
+
+
+def test_what_comes_back_to_a_pool_is_made_once():
+    """Fused into the gradient of the pool, the sines would be computed at every place of a window."""
+    x, grad = jnp.ones((2, 8, 8, 4)), jnp.ones((2, 4, 4, 4))
+    text = (
+        jax.jit(lambda x, grad: jax.vjp(lambda x: max_pool(x, 2), x)[1](jnp.sin(grad)))
+        .lower(x, grad)
+        .compile()
+        .as_text()
+    )
+    assert "_spread" in text
+    assert [line for line in text.splitlines() if " sine(" in line and "f32[2,4,4,4]" in line]
+    assert not [line for line in text.splitlines() if " sine(" in line and "f32[2,4,2,4,2,4]" in line]

@@ -20,7 +20,8 @@ SAME = ((1, 1), (1, 1))
 @pytest.fixture
 def small_groups(monkeypatch):
     """Two images of 6 x 6 with 128 channels at a time."""
-    monkeypatch.setattr(winograd, "_CACHED", 2 * 16 * 9 * 128 * 4)
+    for name in ("_CACHED", "_CACHED_MAPPED"):
+        monkeypatch.setattr(winograd, name, 2 * 16 * 9 * 128 * 4)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -116,16 +117,22 @@ def test_a_narrower_layer_has_it_without_the_gradient_of_the_kernel():
     assert "gradient_of_kernel" not in text
 
 
-def test_mapped_over_devices_a_layer_must_be_wider():
-    """Whatever the number of devices: exact mode, which maps nothing, computes the same on any."""
-    numbers = [jnp.asarray(part, jnp.float32) for part in arrays((6, 6), 32, 64)]
+@pytest.mark.usefixtures("small_groups")
+def test_mapped_over_devices_groups_follow_one_another_and_give_the_same():
+    numbers = [jnp.asarray(part, jnp.float32) for part in arrays((6, 6), n_images=16)]
 
-    def forward(x, kernel):
-        return convolution(x, kernel, (1, 1), SAME)
+    def summed(x, kernel, dy):
+        y, dx, dk = with_gradients(x, kernel, dy, SAME)
+        return y, dx, jax.lax.psum(dk, "data")
 
-    mapped = jax.shard_map(forward, mesh=make_mesh(data=2), in_specs=(P("data"), P()), out_specs=P("data"))
-    assert "name=convolve" in str(jax.make_jaxpr(forward)(*numbers[:2]))
-    assert "name=convolve" not in str(jax.make_jaxpr(mapped)(*numbers[:2]))
+    rows, whole = P("data"), P()
+    mesh = make_mesh(data=2)
+    specs = {"in_specs": (rows, whole, rows), "out_specs": (rows, rows, whole)}
+    mapped = jax.shard_map(summed, mesh=mesh, check_vma=False, **specs)
+    assert "length=4" in str(jax.make_jaxpr(mapped)(*numbers))
+    expected = by_definition(*(np.asarray(part, np.float64) for part in numbers), SAME)
+    for ours, theirs in zip(jax.jit(mapped)(*numbers), expected, strict=True):
+        assert np.abs(ours - theirs).max() < 2e-6 * np.abs(theirs).max()
 
 
 @pytest.mark.usefixtures("small_groups")

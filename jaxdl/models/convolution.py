@@ -6,15 +6,15 @@ Dimensions: `B` batch, `H` height, `W` width, `C` channels in, `O` channels out.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxdl.models import winograd
+from jaxdl.models.uninlined import uninlined
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -60,7 +60,7 @@ def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: Any, *
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Array:
     if winograd.is_faster(x, kernel, strides, pads):
-        return _called(_by_winograd, x, kernel, pads)
+        return uninlined(_by_winograd, x, kernel, pads)
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_LAYOUT)
 
 
@@ -76,20 +76,14 @@ def _backward(strides: tuple[int, int], pads: Pads, kept: tuple[Array, Array], d
     before = [reach[i] - 1 - pads[i][0] for i in (0, 1)]
     of_x = [(before[i], size[i] + reach[i] - 1 - whole[i] - before[i]) for i in (0, 1)]
     if winograd.is_faster(x, kernel, strides, pads):
-        dx = _called(_by_winograd, dy, kernel, (of_x[0], of_x[1]), True)
+        dx = uninlined(_by_winograd, dy, kernel, (of_x[0], of_x[1]), True)
     else:
         turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)  # (h, w, O, C)
         dx = lax.conv_general_dilated(dy, turned, (1, 1), of_x, lhs_dilation=strides, dimension_numbers=_LAYOUT)
     if winograd.is_faster(x, kernel, strides, pads, for_kernel=True):
-        return dx, _called(_gradient_by_winograd, x, dy, pads)
+        return dx, uninlined(_gradient_by_winograd, x, dy, pads)
     is_narrow = math.prod(kernel.shape[:3]) <= _NARROW
-    return dx, _called(_by_product if is_narrow else _by_convolutions, x, dy, reach, strides, pads)
-
-
-def _called(function: Callable[..., Array], *arguments: Any) -> Array:
-    """As a function of its own: else XLA makes again, wherever it is read, what the arguments are made of."""
-    with set_xla_metadata(inlineable="false"):
-        return function(*arguments)
+    return dx, uninlined(_by_product if is_narrow else _by_convolutions, x, dy, reach, strides, pads)
 
 
 _by_winograd = jax.jit(winograd.convolve, static_argnums=(2, 3))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxdl.models.checks import check
+from jaxdl.models.uninlined import uninlined
 
 Pads = tuple[tuple[int, int], ...]
 
@@ -104,6 +105,21 @@ def _max_pool_bwd(
     grad: Array,
 ) -> tuple[Array]:
     winner, shape = saved
+    if jax.default_backend() == "cpu":
+        return (uninlined(_spread, winner, grad, window, strides, pads, shape),)
+    return (_spread(winner, grad, window, strides, pads, shape),)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _spread(
+    winner: Array,
+    grad: Array,
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    pads: Pads,
+    shape: tuple[int, ...],
+) -> Array:
+    """The gradient of what a max-pool gave, at the places of `winner` in an array of `shape`."""
     n_axes = len(window)
     if window == strides and not any(map(any, pads)):
         split_axes = tuple(range(2, 2 * n_axes + 1, 2))
@@ -111,14 +127,14 @@ def _max_pool_bwd(
         spread = jnp.where(jnp.expand_dims(winner, split_axes) == places, jnp.expand_dims(grad, split_axes), 0)
         spread = spread.reshape(shape[0], *(n * w for n, w in zip(grad.shape[1:-1], window, strict=True)), shape[-1])
         rest = [(0, n - m, 0) for n, m in zip(shape, spread.shape, strict=True)]
-        return (lax.pad(spread, jnp.zeros((), grad.dtype), rest),)
+        return lax.pad(spread, jnp.zeros((), grad.dtype), rest)
     total = jnp.zeros(shape, grad.dtype)
     for i, place in enumerate(itertools.product(*map(range, window))):
         layout = [(0, 0, 0)]
         for at, n, m, s, (low, _) in zip(place, shape[1:-1], grad.shape[1:-1], strides, pads, strict=True):
             layout.append((at - low, n - (at - low + (m - 1) * s + 1), s - 1))  # a negative pad crops
         total += lax.pad(jnp.where(winner == i, grad, 0), jnp.zeros((), grad.dtype), [*layout, (0, 0, 0)])
-    return (total,)
+    return total
 
 
 def _interleave(window: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.experimental.xla_metadata import set_xla_metadata
+
+from jaxdl.models.uninlined import uninlined
 
 MOST_TURNED = 1 << 16  # numbers that a copy turns round at no cost
 
@@ -74,7 +75,7 @@ def _table_product(a_ND: Array, b_FD: Array) -> Array:
     return jax.lax.dot_general(a_ND, b_FD, (((1,), (1,)), ((), ())))
 
 
-_called_table_product = jax.jit(_table_product)
+_jitted_table_product = jax.jit(_table_product)
 
 
 @jax.custom_jvp
@@ -91,9 +92,8 @@ def _narrow_product_along(primals: tuple[Array, Array], tangents: tuple[Array, A
     """
     (rows_ND, kernel_DF), (d_rows_ND, d_kernel_DF) = primals, tangents
     is_small = len(rows_ND) * kernel_DF.shape[1] <= MOST_TURNED
-    with set_xla_metadata(inlineable="false"):
-        if is_small:
-            along_NF = _called_table_product(d_kernel_DF.T, rows_ND).T
-        else:
-            along_NF = _called_table_product(rows_ND, d_kernel_DF.T)
+    if is_small:
+        along_NF = uninlined(_jitted_table_product, d_kernel_DF.T, rows_ND).T
+    else:
+        along_NF = uninlined(_jitted_table_product, rows_ND, d_kernel_DF.T)
     return _product(rows_ND, kernel_DF), _product(d_rows_ND, kernel_DF) + along_NF

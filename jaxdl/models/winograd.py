@@ -21,9 +21,9 @@ _Grid = Sequence[Sequence[Array]]  # an array for each place
 _OF_INPUT: _Matrix = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B^T
 _OF_KERNEL: _Matrix = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # G
 _OF_OUTPUT: _Matrix = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T
-# Below these, transforms take what the products save; mapped over a device a core, they wait for memory more.
-_LEAST_WIDTH, _LEAST_WIDTH_MAPPED, _LEAST_WIDTH_FOR_KERNEL, _LEAST_TILES = 20, 30, 40, 32
-_CACHED = 2**23  # bytes of the transformed tiles that are at work at a time
+# Below these, transforms take what the products save.
+_LEAST_WIDTH, _LEAST_WIDTH_FOR_KERNEL, _LEAST_TILES = 20, 40, 32
+_CACHED, _CACHED_MAPPED = 2**23, 2**21  # bytes of the transformed tiles at work at a time, on all cores or on one
 
 
 def is_faster(x: Array, kernel: Array, strides: Sequence[int], pads: Pads, for_kernel: bool = False) -> bool:
@@ -40,8 +40,7 @@ def is_faster(x: Array, kernel: Array, strides: Sequence[int], pads: Pads, for_k
     if kernel.shape[:2] != (3, 3) or tuple(strides) != (1, 1):
         return False
     (h, w), (n_in, n_out) = _n_tiles(x, pads), kernel.shape[2:]
-    least = _LEAST_WIDTH_MAPPED if jax.sharding.get_abstract_mesh().manual_axes else _LEAST_WIDTH
-    least = _LEAST_WIDTH_FOR_KERNEL if for_kernel else least
+    least = _LEAST_WIDTH_FOR_KERNEL if for_kernel else _LEAST_WIDTH
     n_whole, n_outputs = 4 * h * w, math.prod(_output_size(x, pads))  # an odd size fills its last tiles with zeros
     is_wide = n_in * n_out * n_outputs >= least * (n_in + n_out) * n_whole and len(x) * h * w >= _LEAST_TILES
     return is_wide and x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.float64)
@@ -58,6 +57,7 @@ def convolve(x: Array, kernel: Array, pads: Pads, is_turned: bool = False) -> Ar
       18.0
     """
     order = -1 if is_turned else 1
+    height, width = _output_size(x, pads)
     kernels = _transform(_OF_KERNEL, [list(row)[::order] for row in kernel][::order])
 
     def times(tile: Array, kernel: Array) -> Array:
@@ -65,12 +65,10 @@ def convolve(x: Array, kernel: Array, pads: Pads, is_turned: bool = False) -> Ar
 
     def of_group(x: Array) -> Array:
         products = _pairwise(times, _input_tiles(x, pads), kernels)
-        return _joined(_transform(_OF_OUTPUT, products))
+        return _joined(_transform(_OF_OUTPUT, products))[:, :height, :width]
 
     n_groups = _n_groups(x, pads, width=max(kernel.shape[2:]))
-    y = lax.map(of_group, _grouped(x, n_groups)).swapaxes(0, 1)
-    height, width = _output_size(x, pads)
-    return y.reshape(-1, *y.shape[2:])[:, :height, :width]
+    return _ungrouped(lax.map(of_group, _grouped(x, n_groups)))
 
 
 def gradient_of_kernel(x: Array, dy: Array, pads: Pads) -> Array:
@@ -89,7 +87,7 @@ def gradient_of_kernel(x: Array, dy: Array, pads: Pads) -> Array:
     if n_groups == 1:
         sums = of_group(x, dy)
     else:
-        zeros: _Grid = [[jnp.zeros((x.shape[3], dy.shape[3]), x.dtype)] * 4] * 4
+        zeros: _Grid = [[jnp.zeros_like(x, shape=(x.shape[3], dy.shape[3]))] * 4] * 4
         sums, _ = lax.scan(add, zeros, (_grouped(x, n_groups), _grouped(dy, n_groups)))
     return jnp.stack([jnp.stack(row) for row in _transform(_turned(_OF_KERNEL), sums)])
 
@@ -134,13 +132,25 @@ def _joined(grid: _Grid) -> Array:
 def _n_groups(x: Array, pads: Pads, width: int) -> int:
     """Of images whose transformed tiles fit into the cache."""
     h, w = _n_tiles(x, pads)
-    least = -(-len(x) * 16 * h * w * width * x.itemsize // _CACHED)
+    cached = _CACHED_MAPPED if _is_mapped() else _CACHED
+    least = -(-len(x) * 16 * h * w * width * x.itemsize // cached)
     return next(n for n in range(min(least, len(x)), len(x) + 1) if len(x) % n == 0)
 
 
 def _grouped(x: Array, n_groups: int) -> Array:
-    """(B, ...) -> (groups, B / groups, ...), every nth image in a group: a batch that lies on devices stays there."""
+    """(B, ...) -> (groups, B / groups, ...); every nth image in one, if not mapped: a batch on devices stays there."""
+    if _is_mapped():
+        return x.reshape(n_groups, -1, *x.shape[1:])
     return x.reshape(-1, n_groups, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _ungrouped(groups: Array) -> Array:
+    return (groups if _is_mapped() else groups.swapaxes(0, 1)).reshape(-1, *groups.shape[2:])
+
+
+def _is_mapped() -> bool:
+    """Whether this runs in `jax.shard_map`, which gives every device images of its own."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _transform(matrix: _Matrix, grid: _Grid) -> _Grid:
