@@ -21,6 +21,17 @@ from jaxdl import host_memory  # noqa: E402
 host_memory._SETTINGS.clear()
 
 
+def is_optimized(item: pytest.Item) -> bool:
+    """Whether XLA optimizes the test's programs as for users, and not hardly: that takes most of the suite's time."""
+    return item.path.parent.name in ("parity", "faults") or item.get_closest_marker("optimized") is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those go last: a change of the setting costs all that was compiled."""
+    items.sort(key=is_optimized)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """XLA optimizes as for users in files marked "optimized", elsewhere hardly: it takes most of the suite's time."""
-    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("optimized") is None)
+    if jax.config.jax_disable_most_optimizations is is_optimized(item):
+        jax.config.update("jax_disable_most_optimizations", not is_optimized(item))
+        jax.clear_caches()  # it keeps programs whatever the setting

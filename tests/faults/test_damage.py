@@ -11,8 +11,6 @@ from tests.faults.conftest import ended
 from tests.faults.prove_flips import flip
 from tests.faults.test_refused import refused
 
-pytestmark = pytest.mark.optimized
-
 
 def largest(folder: Path) -> Path:
     return max((path for path in (folder / "ocdbt.process_0" / "d").iterdir()), key=lambda path: path.stat().st_size)

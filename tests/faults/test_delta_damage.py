@@ -17,8 +17,6 @@ from jaxdl.finetune.delta import DeltaStore, load_delta, save_delta
 from jaxdl.paths import flatten
 from tests.faults.prove_flips import Flip, draw, flip
 
-pytestmark = pytest.mark.optimized
-
 RULES = [("head", True), (".*", False)]
 PARAMS = {"body": jnp.asarray(np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)), "head": jnp.ones(64)}
 FROZEN = Frozen(PARAMS, {}, RULES)

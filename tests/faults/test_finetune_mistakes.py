@@ -21,8 +21,6 @@ from jaxdl.models.llama import Llama, llama_block
 from jaxdl.objectives import classification
 from jaxdl.pretrained import load, save
 
-pytestmark = pytest.mark.optimized
-
 BERT = Bert(bert_block(8, 2, 16), n_layers=2, vocab_size=11, n_positions=8, head="classify", n_outputs=3)
 GPT = GPT2(gpt2_block(width=8, n_heads=2), n_layers=2, vocab_size=11, n_positions=8)
 LLAMA = Llama(llama_block(width=8, n_heads=2, hidden=16), n_layers=1, vocab_size=11)

@@ -7,8 +7,6 @@ import pytest
 from tests.faults import evidence, prove_flips
 from tests.faults.prove_flips import Flip, Outcome
 
-pytestmark = pytest.mark.optimized
-
 
 def test_five_flips_are_found_and_the_step_before_is_restored(trained):
     outcomes = prove_flips.prove(trained, 5, seed=1)

@@ -7,8 +7,6 @@ import pytest
 from tests.faults import evidence, prove_kill
 from tests.faults.prove_kill import Kill
 
-pytestmark = pytest.mark.optimized
-
 
 @pytest.mark.proof  # test_unfreeze_kill is one, too, and four times as quick
 def test_a_kill_changes_no_bit(tmp_path):

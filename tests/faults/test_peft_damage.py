@@ -17,8 +17,6 @@ from jaxdl.pretrained.peft import load_peft, save_peft
 from jaxdl.pretrained.tensors import read_file, write_file
 from tests.toy_family import TOY, Toy
 
-pytestmark = pytest.mark.optimized
-
 TENSORS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "jaxdl_base.json"
 TOKENS = np.zeros((1, 2), np.int32)
 MODEL = Toy()

@@ -14,8 +14,6 @@ from jaxdl.pretrained.tensors import FILE, INDEX, read_folder, write_folder
 from tests.faults.evidence import ROOT
 from tests.toy_family import TOY, Toy, tensors_of, to_config
 
-pytestmark = pytest.mark.optimized
-
 
 @pytest.fixture
 def folder(tmp_path):

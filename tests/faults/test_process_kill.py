@@ -26,8 +26,6 @@ from tests.test_processes import (
     wait_for,
 )
 
-pytestmark = pytest.mark.optimized
-
 __all__ = ["running"]  # a fixture
 
 HEARTBEAT_S = 2.0

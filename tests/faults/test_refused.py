@@ -15,8 +15,6 @@ from jaxdl.command import run_command
 from tests.faults import evidence
 from tests.faults.conftest import Ended, ended
 
-pytestmark = pytest.mark.optimized
-
 
 def refused(done: Ended, *words: str, code: int = 2) -> None:
     """One message with all these words, no traceback, and this exit code."""

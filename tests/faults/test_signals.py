@@ -9,8 +9,6 @@ import pytest
 from tests.faults import evidence
 from tests.faults.conftest import ended
 
-pytestmark = pytest.mark.optimized
-
 
 def at_call(monkeypatch, target: str, number: int, which: int) -> list[int]:
     """Sends a signal to this process just before call number `which` of a function; returns where the calls count."""

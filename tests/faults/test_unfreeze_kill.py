@@ -5,13 +5,9 @@ import signal
 import subprocess
 import sys
 
-import pytest
-
 from jaxdl.checkpoint import Store
 from tests import test_unfreeze
 from tests.faults.evidence import ROOT
-
-pytestmark = pytest.mark.optimized
 
 CODE = """
 import os, signal, sys

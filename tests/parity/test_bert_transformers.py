@@ -17,8 +17,6 @@ from tests.parity.families import build, check_family, quiet_torch
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.optimized
-
 FAMILIES = {family.name: family for family in (BERT, ROBERTA, DISTILBERT)}
 SIZES = {"vocab_size": 131, "max_position_embeddings": 19, "pad_token_id": 0, "initializer_range": 0.2}
 WIDTHS = {"hidden_size": 12, "num_attention_heads": 3, "intermediate_size": 20}

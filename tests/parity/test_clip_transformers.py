@@ -18,8 +18,6 @@ from jaxdl.pretrained.verify import verify_parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.optimized
-
 TEXT = {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 20}
 TEXT |= {"vocab_size": 37, "max_position_embeddings": 9, "bos_token_id": 0, "eos_token_id": 30, "projection_dim": 5}
 VISION = {"hidden_size": 15, "num_attention_heads": 3, "num_hidden_layers": 1, "intermediate_size": 18}

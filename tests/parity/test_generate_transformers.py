@@ -15,8 +15,6 @@ from jaxdl.pretrained.t5 import T5_FAMILY
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.optimized
-
 PROMPTS = [[5, 9, 11, 7, 4], [6], [8, 12, 13]]
 PAD, STOP = 0, 2
 SIZES = {"vocab_size": 40, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": STOP}

@@ -13,8 +13,6 @@ from jaxdl.pretrained.verify import verify_parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.optimized
-
 SIZES = {"n_embd": 12, "n_head": 3, "n_layer": 2, "n_positions": 16, "vocab_size": 19, "num_labels": 4}
 TOKENS = {"pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
 ARCHITECTURES = [

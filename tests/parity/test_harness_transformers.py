@@ -9,8 +9,6 @@ from jaxdl.pretrained.entries import entry
 from tests.parity.families import check_family
 
 transformers = pytest.importorskip("transformers")
-
-pytestmark = pytest.mark.optimized
 CONFIG = {
     "vocab_size": 131,
     "max_position_embeddings": 19,

@@ -19,8 +19,6 @@ from jaxdl.pretrained.verify import verify_parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.optimized
-
 FAMILIES = {family.name: family for family in LLAMA_FAMILIES}
 SIZES = {
     "hidden_size": 12,

@@ -30,7 +30,7 @@ SENTENCES = [
 ]
 
 
-pytestmark = [pytest.mark.xdist_group("minilm"), pytest.mark.optimized]
+pytestmark = pytest.mark.xdist_group("minilm")
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,6 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
-pytestmark = pytest.mark.optimized
-
 SIZES = {"hidden_size": 12, "num_attention_heads": 3, "intermediate_size": 20, "num_hidden_layers": 2}
 TEXT = {**SIZES, "vocab_size": 19}
 IMAGE = {**SIZES, "image_size": 8, "patch_size": 4}

@@ -10,8 +10,6 @@ from jaxdl.models.recurrent import Recurrent
 from jaxdl.paths import flatten
 
 torch = pytest.importorskip("torch")
-
-pytestmark = pytest.mark.optimized
 rnn = torch.nn.utils.rnn
 
 B, T, D, F = 4, 6, 3, 5

@@ -16,8 +16,6 @@ from jaxdl.pretrained.verify import verify_parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.optimized
-
 SIZES = {"vocab_size": 37, "d_model": 12, "d_kv": 6, "d_ff": 20, "num_layers": 2, "num_heads": 3}
 RELATIVE = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
 VERSIONS = {

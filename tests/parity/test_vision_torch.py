@@ -22,8 +22,6 @@ from jaxdl.models import (
 from jaxdl.paths import flatten
 
 torch = pytest.importorskip("torch")
-
-pytestmark = pytest.mark.optimized
 nn, F = torch.nn, torch.nn.functional
 
 RATE, N_STEPS, BATCH = 0.05, 4, 5

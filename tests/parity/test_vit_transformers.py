@@ -16,8 +16,6 @@ from jaxdl.pretrained.vit import VIT
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.optimized
-
 SIZES = {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 20}
 IMAGES = {"image_size": 12, "patch_size": 4, "num_channels": 2}
 ARCHITECTURES = ["ViTModel", "ViTForImageClassification"]
