@@ -28,7 +28,7 @@ CNN: dict[str, Any] = {
 RESNET: dict[str, Any] = {"width": 64, "norm": "group", "size": 32, "n_channels": 3, "batch_size": 32}
 LAST = {"PyTorch eager, channels last": {"channels_last": True}}
 LAST_COMPILED = {"PyTorch torch.compile, channels last": {"channels_last": True, "is_compiled": True}}
-CNN_STEPS, RESNET_STEPS, RESNET_TOLERANCE = 10, 1, 1e-3  # steps of a round
+CNN_STEPS, RESNET_STEPS, RESNET_TOLERANCE = 20, 1, 1e-3  # steps of a round
 CNN_STEPS_PER_CALL = 5  # of `repeat`
 
 

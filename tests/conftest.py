@@ -20,6 +20,8 @@ from jaxdl import host_memory  # noqa: E402
 # Experiments on a CPU keep freed memory; a process that runs hundreds of tests would hold that of the largest of all.
 host_memory._SETTINGS.clear()
 
+OPTIMIZES = pytest.StashKey[bool]()
+
 
 def is_optimized(item: pytest.Item) -> bool:
     """Whether XLA optimizes the test's programs as for users, and not hardly: that takes most of the suite's time."""
@@ -32,6 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if jax.config.jax_disable_most_optimizations is is_optimized(item):
+    if item.session.stash.get(OPTIMIZES, True) != is_optimized(item):
+        item.session.stash[OPTIMIZES] = is_optimized(item)
         jax.config.update("jax_disable_most_optimizations", not is_optimized(item))
         jax.clear_caches()  # it keeps programs whatever the setting
