@@ -109,6 +109,21 @@ def test_times_are_the_mean_of_the_devices():
     assert dict(made.counts) == {Key("m", "dot"): 1}
 
 
+def test_calls_that_were_disturbed_are_left_out_on_all_devices():
+    starts, lengths = (0, 100, 200, 280, 600), {0: (20, 30, 70, 10, 1), 1: (20, 90, 70, 200, 1)}
+    events = [
+        event("dot", at, at + n, device=device)
+        for device in lengths
+        for at, n in zip(starts, lengths[device], strict=True)
+    ]
+    made = divide(events, n_calls=4)
+    assert made.usual == {0, 1}
+    assert made.calls == [100, 100, 80, 320] * 2
+    assert times(made) == {"dot": (20 + 30 + 20 + 90) / 2}
+    assert dict(made.counts) == {Key("m", "dot"): 2}
+    assert made.total == 100 + 100
+
+
 def test_a_trace_that_shows_too_little_is_refused():
     with pytest.raises(ProfileError, match=r"no events of operations.*XLA_FLAGS.*CUPTI"):
         divide([])
@@ -404,10 +419,10 @@ def test_a_matrix_product_has_its_operations_and_most_of_the_time():
     assert made.share_of_peak == pytest.approx(2 * 512**3 / 1e12 / made.plain_s)
     assert made.kinds["products"] == max(made.kinds[kind] for kind in list(made.kinds)[:6])
     assert len(made.step_s) == made.steps == 4
-    assert sum(made.kinds.values()) == pytest.approx(np.mean(made.step_s))
+    assert sum(made.kinds.values()) == pytest.approx(np.mean(sorted(made.step_s)[1:3]))
     assert sum(row.seconds for row in made.operations) == pytest.approx(sum(list(made.kinds.values())[:6]))
     assert json.loads(made.to_json())["operations"][0]["flops"] == 2 * 512**3
-    assert "sum: a step in the trace, mean" in str(made)
+    assert "sum: a usual step in the trace" in str(made)
 
 
 def test_any_module_on_several_devices_shows_its_messages():

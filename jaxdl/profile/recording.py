@@ -217,7 +217,7 @@ def make_profile(
     programs: dict[str, dict[str, Operation]] = dict(read_operations(text) for text in texts)
     peaks = peaks or peaks_of(devices[0], len(devices))
     divided = shares(trace, recorder.n_calls, lambda key: find(programs, key).is_container)
-    kinds, parts, rows = tables(divided, programs, recorder.n_calls * recorder.steps_per_call, peaks)
+    kinds, parts, rows = tables(divided, programs, len(divided.usual) * recorder.steps_per_call, peaks)
     n_rows, n_tokens = sizes_of(batch)
     return StepProfile(
         device=devices[0].device_kind,

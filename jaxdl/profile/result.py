@@ -58,7 +58,8 @@ class StepProfile:
       flops: of a step on all devices, by dtype.
       rows, tokens: of a batch; None where they are not known.
       peaks: of one device.
-      kinds: seconds a step by kind of operation, then `host`, `input wait` and `idle`; they sum to the mean step.
+      kinds: seconds a step by kind of operation, then `host`, `input wait` and `idle`; they sum to the mean
+        of the usual steps, see `timeline.usual_calls`.
       parts: seconds of operations by part of the step.
       operations: every operation, the longest first.
       trace: the folder of the trace; None where it was not kept.
@@ -82,7 +83,7 @@ class StepProfile:
 
     @property
     def traced_s(self) -> float:
-        """Seconds of a step in the trace, the mean: the sum of `kinds`."""
+        """Seconds of a usual step in the trace: the sum of `kinds`."""
         return sum(self.kinds.values())
 
     @property

@@ -51,7 +51,7 @@ def _kinds(profile: StepProfile) -> str:
     lines = [["where the time of a step is", "ms", "share", ""]]
     for kind, seconds in profile.kinds.items():
         lines.append([kind, _ms(seconds), _percent(seconds, total), _MEANS[kind]])
-    lines.append(["sum: a step in the trace, mean", _ms(total), _percent(total, total), ""])
+    lines.append(["sum: a usual step in the trace", _ms(total), _percent(total, total), ""])
     parts = [f"{name} {_percent(profile.parts[part], total)}" for part, name in _PARTS.items() if part in profile.parts]
     return f"{table(lines, right=[1, 2])}\nof which {', '.join(parts)}"
 

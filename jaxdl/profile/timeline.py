@@ -23,14 +23,15 @@ class Segment(NamedTuple):
 
 @dataclass
 class Shares:
-    """Where the time of a number of calls went, in nanoseconds on one device (the mean of all).
+    """Where the time of usual calls went, in nanoseconds on one device (the mean of all).
 
     Attributes:
       operations: each operation's own time.
       counts: how often it began, on one device.
       idle: `HOST`: between two runs of a program while Python was not waiting for a batch, `INPUT_WAIT`: while it was,
         `IDLE`: within a run, between operations.
-      calls: nanoseconds from the start of a call to that of the next, on every device.
+      calls: nanoseconds from the start of a call to that of the next, of every call on every device.
+      usual: numbers of the calls that all but `calls` is of, see `usual_calls`.
       n_devices: that worked.
     """
 
@@ -38,16 +39,17 @@ class Shares:
     counts: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
     idle: dict[str, float] = field(default_factory=lambda: {HOST: 0.0, INPUT_WAIT: 0.0, IDLE: 0.0})
     calls: list[float] = field(default_factory=list)
+    usual: frozenset[int] = frozenset()
     n_devices: int = 0
 
     @property
     def total(self) -> float:
-        """Nanoseconds of all calls: of the operations and idle together."""
+        """Nanoseconds of the usual calls: of the operations and idle together."""
         return sum(self.operations.values()) + sum(self.idle.values())
 
 
 def shares(trace: Trace, n_calls: int, is_container: Callable[[Key], bool]) -> Shares:
-    """Divides the time of `n_calls` calls among operations.
+    """Divides the time of the usual ones of `n_calls` calls among operations.
 
     A trace of one call more is needed: time goes from the start of the first call to the start of the last.
 
@@ -68,9 +70,12 @@ def shares(trace: Trace, n_calls: int, is_container: Callable[[Key], bool]) -> S
             "versions of JAX need XLA_FLAGS=--xla_cpu_enable_xprof_traceme=true, too. On a GPU CUPTI must be there and "
             "allowed to trace (NVIDIA's ERR_NVGPUCTRPERM says how)."
         )
-    made = Shares(n_devices=len(by_device))
-    for events in by_device.values():
-        _add_device(made, events, trace.waits, n_calls, is_container)
+    bounds = {device: boundaries(events, n_calls + 1) for device, events in by_device.items()}
+    calls = [[b - a for a, b in itertools.pairwise(starts)] for starts in bounds.values()]
+    usual = usual_calls([sum(times) for times in zip(*calls, strict=True)])
+    made = Shares(calls=[time for times in calls for time in times], usual=usual, n_devices=len(by_device))
+    for device, events in by_device.items():
+        _add_device(made, events, trace.waits, bounds[device], is_container)
     for counted in (made.operations, made.counts):
         for key in counted:
             counted[key] /= made.n_devices
@@ -78,24 +83,38 @@ def shares(trace: Trace, n_calls: int, is_container: Callable[[Key], bool]) -> S
     return made
 
 
+def usual_calls(times: Sequence[float]) -> frozenset[int]:
+    """Numbers of the calls whose time is in the middle half; other work on the machine lengthens the rest.
+
+    Example:
+      >>> sorted(usual_calls([30, 10, 12, 11])), sorted(usual_calls([30, 10, 12]))
+      ([2, 3], [0, 1, 2])
+    """
+    by_time = sorted(range(len(times)), key=lambda i: times[i])
+    n_left_out = len(times) // 4
+    return frozenset(by_time[n_left_out : len(times) - n_left_out])
+
+
 def _add_device(
     made: Shares,
     events: Sequence[Event],
     waits: Sequence[tuple[float, float]],
-    n_calls: int,
+    bounds: Sequence[float],
     is_container: Callable[[Key], bool],
 ) -> None:
-    bounds = boundaries(events, n_calls + 1)
-    made.calls += [b - a for a, b in itertools.pairwise(bounds)]
-    first, last = bounds[0], bounds[-1]
+    def is_usual(time: float) -> bool:
+        return bisect.bisect_right(bounds, time) - 1 in made.usual
+
     for event in events:
-        if first <= event.start < last and not event.is_task:
+        if is_usual(event.start) and not event.is_task:
             made.counts[event.key] += 1
     lanes: dict[str, list[Event]] = defaultdict(list)
     for event in events:
         lanes[event.lane].append(event)
     segments = [segment for lane in lanes.values() for segment in own_segments(lane, bounds)]
-    for start, end, keys, runs in moments(segments, first, last):
+    for start, end, keys, runs in moments(segments, bounds[0], bounds[-1]):
+        if not is_usual(start):
+            continue
         if keys:
             busy = [key for key in keys if not is_container(key)] or keys
             for key in busy:
