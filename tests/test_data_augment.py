@@ -6,7 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxdl.data import color_jitter, cutmix, cutout, mixup, rand_augment, random_crop, random_flip, random_rotate
+from jaxdl.data import (
+    ArraySource,
+    Pipeline,
+    augment,
+    color_jitter,
+    cutmix,
+    cutout,
+    mixup,
+    rand_augment,
+    random_crop,
+    random_flip,
+    random_rotate,
+)
 from jaxdl.data.augment import _OPERATIONS
 from jaxdl.data.geometry import affine, rotation, shear, translation
 from jaxdl.errors import JaxdlError
@@ -49,9 +61,75 @@ def test_the_rng_decides_everything(transform):
 
 
 @pytest.mark.parametrize("transform", ALL)
-def test_a_batch_is_refused(transform):
+def test_rows_of_one_generator_are_refused_and_one_image_of_many(transform):
     with pytest.raises(JaxdlError, match=r"shape \(2, 6, 5, 3\); augmentation takes one image"):
         applied(transform, np.zeros((2, 6, 5, 3), np.uint8))
+    with pytest.raises(JaxdlError, match=r"shape \(6, 5, 3\); .* or rows"):
+        transform({"image": picture()}, [rng(0)])
+
+
+@pytest.mark.parametrize("transform", [*ALL, rand_augment(3, 0.9), color_jitter(0.9, 0.9, 0.9)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("at_a_time", [1, 3 * 90, 2**15])
+def test_rows_are_changed_as_each_is_alone(transform, dtype, at_a_time, monkeypatch):
+    images = np.stack([picture(dtype=dtype, seed=seed) for seed in range(40)])
+    alone = [applied(transform, image, seed) for seed, image in enumerate(images)]
+    before = images.copy()
+    monkeypatch.setattr(augment, "_AT_A_TIME", at_a_time)
+    rows = transform({"image": images, "label": np.arange(40)}, [rng(seed) for seed in range(40)])
+    np.testing.assert_array_equal(rows["image"], np.stack(alone))
+    assert rows["image"].dtype == dtype
+    np.testing.assert_array_equal(rows["label"], np.arange(40))
+    np.testing.assert_array_equal(images, before)
+
+
+def test_maps_of_their_own_for_rows():
+    images = np.stack([picture(seed=seed) for seed in range(5)])
+    degrees, x = np.linspace(-40, 40, 5), np.linspace(-2, 2, 5)
+    for change in (lambda i: rotation(degrees[i]), lambda i: shear(x=x[i]), lambda i: translation(x=x[i], y=1.0)):
+        each = [affine(image, change(i)) for i, image in enumerate(images)]
+        np.testing.assert_array_equal(affine(images, change(slice(None))), np.stack(each))
+    one_for_all = [affine(image, rotation(20)) for image in images]
+    np.testing.assert_array_equal(affine(images, rotation(20)), np.stack(one_for_all))
+
+
+def test_a_pipeline_changes_rows_at_once_as_it_does_one_by_one():
+    """With a transform of one example before, between and behind, and over processes."""
+    images = np.stack([picture(dtype=np.float32, seed=seed) for seed in range(12)])
+    source = ArraySource({"image": images, "label": np.arange(12)})
+
+    def darker(example, rng):
+        return {**example, "image": example["image"] * np.float32(rng.uniform(0.5, 1))}
+
+    def one_by_one(transform):
+        return lambda example, rng: transform(example, rng)
+
+    together = (darker, *ALL[:3], darker, *ALL[3:], darker)
+    data = Pipeline(source, 6, seed=3, transforms=together)
+    each = Pipeline(source, 6, seed=3, transforms=[one_by_one(transform) for transform in together])
+    for step in range(4):
+        batch = data[step]
+        assert (batch["image"] == each[step]["image"]).all()
+        blocks = [data.shard(i, 3)[step] for i in range(3)]
+        np.testing.assert_array_equal(np.concatenate([block["image"] for block in blocks]), batch["image"])
+
+
+def test_images_of_many_sizes_are_changed_one_by_one():
+    class Sizes:
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, row):
+            return {"image": np.full((4 + row % 3, 5, 1), row, np.float32), "label": row}
+
+    def cut(example, rng):
+        return {**example, "image": example["image"][:4]}
+
+    data = Pipeline(Sizes(), 8, shuffle=False, transforms=[random_flip(), random_crop(0), cut])
+    assert data[0]["image"].shape == (8, 4, 5, 1)
+    assert data[0]["image"][:, 0, 0, 0].tolist() == list(range(8))
+    with pytest.raises(JaxdlError, match="image has different shapes in one batch"):
+        _ = Pipeline(Sizes(), 8, transforms=[random_flip()])[0]
 
 
 def test_a_crop_is_a_shift_with_zeros():
@@ -174,16 +252,16 @@ def test_standardised_images_are_refused_by_colour():
 
 @pytest.mark.parametrize("op", range(len(_OPERATIONS)))
 def test_operations_of_rand_augment_do_nothing_at_strength_0(op):
-    image = picture(dtype=np.float64)
-    np.testing.assert_allclose(_OPERATIONS[op](image, 0.0, 1.0), image, atol=1e-12)
-    changed = np.abs(_OPERATIONS[op](image, 0.6, 1.0) - image).max() > 0.01
+    images, signs = picture(dtype=np.float64)[None], np.ones(1)
+    np.testing.assert_allclose(_OPERATIONS[op](images, 0.0, signs), images, atol=1e-12)
+    changed = np.abs(_OPERATIONS[op](images, 0.6, signs) - images).max() > 0.01
     assert changed == (op != 0)
 
 
 def test_solarize_and_posterize():
-    image = np.array([0.0, 0.3, 0.6, 1.0]).reshape(1, 4, 1)
-    np.testing.assert_allclose(_OPERATIONS[8](image, 0.5, 1).ravel(), [0, 0.3, 0.4, 0])
-    levels = _OPERATIONS[9](np.arange(256).reshape(16, 16, 1) / 255, 1.0, 1)
+    images, signs = np.array([0.0, 0.3, 0.6, 1.0]).reshape(1, 1, 4, 1), np.ones(1)
+    np.testing.assert_allclose(_OPERATIONS[8](images, 0.5, signs).ravel(), [0, 0.3, 0.4, 0])
+    levels = _OPERATIONS[9](np.arange(256).reshape(1, 16, 16, 1) / 255, 1.0, signs)
     np.testing.assert_allclose(np.unique(levels), np.arange(16) * 16 / 255)
 
 

@@ -1,10 +1,14 @@
-"""Random changes of single images, `(example, rng) -> example`, for `Pipeline(transforms=...)`.
+"""Random changes of images, for `Pipeline(transforms=...)`: of one, or of many at once.
 
-Images are (H, W, C), uint8 in 0..255 or float in 0..1, and keep their dtype; standardise after augmenting.
+Images are (H, W, C), uint8 in 0..255 or float in 0..1, and keep their dtype; standardise after augmenting. Each row
+draws from a generator of its own, so that an image is changed in the same way alone and among others, bit for bit.
+
+Dimensions: `N` rows, `H` height, `W` width, `C` channels.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,18 +16,53 @@ from jaxdl.data.geometry import affine, rotation, shear, translation
 from jaxdl.errors import JaxdlError
 
 Example = dict[str, Any]
-Augment = Callable[[Example, np.random.Generator], Example]
-ImageFn = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+Draw = Callable[[np.random.Generator, tuple[int, ...]], Any]
+Change = Callable[[np.ndarray, np.ndarray], np.ndarray]
+_AT_A_TIME = 2**15  # numbers of images, which a core's cache holds with what is made of them
 
 
-def _on(key: str, fn: ImageFn) -> Augment:
-    def apply(example: Example, rng: np.random.Generator) -> Example:
-        image = np.asarray(example[key])
-        if image.ndim != 3:
-            raise JaxdlError(f"{key} has shape {image.shape}; augmentation takes one image (H, W, C) at a time.")
-        return {**example, key: fn(image, rng)}
+@dataclass(frozen=True)
+class Augment:
+    """A random change of images, made by the functions of this module.
 
-    return apply
+    Attributes:
+      key: which array.
+      draw: (generator, shape of an image) -> the random numbers of one image, always as many.
+      change: (images (N, H, W, C), their random numbers (N, ...)) -> images of the same shape and dtype.
+    """
+
+    key: str
+    draw: Draw
+    change: Change
+    is_batched: ClassVar[bool] = True
+
+    def __call__(
+        self, example: dict[str, Any], rng: np.random.Generator | Sequence[np.random.Generator]
+    ) -> dict[str, Any]:
+        """Changes an example by its generator, or rows by a list of theirs.
+
+        Raises:
+          JaxdlError: what is there is no image (H, W, C), or no rows of them.
+
+        Example:
+          >>> rows, rngs = {"image": np.ones((2, 4, 4, 1))}, [np.random.default_rng(i) for i in (0, 1)]
+          >>> random_crop(2)(rows, rngs)["image"].shape
+          (2, 4, 4, 1)
+        """
+        images, is_one = np.asarray(example[self.key]), isinstance(rng, np.random.Generator)
+        if images.ndim != (3 if is_one else 4):
+            raise JaxdlError(
+                f"{self.key} has shape {images.shape}; augmentation takes one image (H, W, C) and its generator, or"
+                " rows (N, H, W, C) and a list of N generators."
+            )
+        changed = self._changed(images[None], [rng])[0] if is_one else self._changed(images, rng)
+        return {**example, self.key: changed}
+
+    def _changed(self, images: np.ndarray, rngs: Any) -> np.ndarray:
+        drawn = np.array([self.draw(rng, images.shape[1:]) for rng in rngs])
+        size = max(1, _AT_A_TIME // max(1, images[0].size))
+        parts = [slice(i, i + size) for i in range(0, len(images), size)]
+        return np.concatenate([self.change(images[part], drawn[part]) for part in parts])
 
 
 def random_crop(padding: int, *, key: str = "image") -> Augment:
@@ -42,12 +81,13 @@ def random_crop(padding: int, *, key: str = "image") -> Augment:
     """
     _at_least_0(padding=padding)
 
-    def crop(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        top, left = rng.integers(0, 2 * padding + 1, size=2)
-        padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-        return padded[top : top + image.shape[0], left : left + image.shape[1]]
+    def crop(images: np.ndarray, corners: np.ndarray) -> np.ndarray:
+        height, width = images.shape[1:3]
+        padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        places = zip(padded, corners.tolist(), strict=True)
+        return np.stack([image[top : top + height, left : left + width] for image, (top, left) in places])
 
-    return _on(key, crop)
+    return Augment(key, lambda rng, shape: rng.integers(0, 2 * padding + 1, size=2), crop)
 
 
 def random_flip(probability: float = 0.5, *, key: str = "image") -> Augment:
@@ -64,7 +104,13 @@ def random_flip(probability: float = 0.5, *, key: str = "image") -> Augment:
     """
     if not 0 <= probability <= 1:
         raise JaxdlError(f"probability={probability} must lie in 0..1.")
-    return _on(key, lambda image, rng: image[:, ::-1] if rng.random() < probability else image)
+
+    def flip(images: np.ndarray, is_flipped: np.ndarray) -> np.ndarray:
+        images = images.copy()
+        images[is_flipped] = images[is_flipped].take(np.arange(images.shape[2])[::-1], axis=2)
+        return images
+
+    return Augment(key, lambda rng, shape: rng.random() < probability, flip)
 
 
 def random_rotate(max_degrees: float, *, key: str = "image") -> Augment:
@@ -80,7 +126,11 @@ def random_rotate(max_degrees: float, *, key: str = "image") -> Augment:
       1.0
     """
     _at_least_0(max_degrees=max_degrees)
-    return _on(key, lambda image, rng: affine(image, rotation(rng.uniform(-max_degrees, max_degrees))))
+    return Augment(
+        key,
+        lambda rng, shape: rng.uniform(-max_degrees, max_degrees),
+        lambda images, degrees: affine(images, rotation(degrees)),
+    )
 
 
 def cutout(size: int, *, key: str = "image") -> Augment:
@@ -101,17 +151,18 @@ def cutout(size: int, *, key: str = "image") -> Augment:
     """
     _at_least_0(size=size)
 
-    def cut(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        if size > min(image.shape[:2]):
-            raise JaxdlError(
-                f"cutout size={size} does not fit an image of {image.shape[:2]} pixels; use a smaller one."
-            )
-        top, left = rng.integers(0, [image.shape[0] - size + 1, image.shape[1] - size + 1])
-        image = image.copy()
-        image[top : top + size, left : left + size] = 0
-        return image
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        if size > min(shape[:2]):
+            raise JaxdlError(f"cutout size={size} does not fit an image of {shape[:2]} pixels; use a smaller one.")
+        return rng.integers(0, [shape[0] - size + 1, shape[1] - size + 1])
 
-    return _on(key, cut)
+    def cut(images: np.ndarray, corners: np.ndarray) -> np.ndarray:
+        images = images.copy()
+        for image, (top, left) in zip(images, corners.tolist(), strict=True):
+            image[top : top + size, left : left + size] = 0
+        return images
+
+    return Augment(key, draw, cut)
 
 
 def color_jitter(
@@ -135,13 +186,12 @@ def color_jitter(
     if problems:
         raise JaxdlError.listing("color_jitter", problems)
 
-    def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        by = 1 + rng.uniform(-1, 1, size=3) * [brightness, contrast, saturation]
-        light = _unit(image, key) * by[0]
-        light = _blend(light, light.mean(), by[1])
-        return _like(_blend(light, light.mean(axis=-1, keepdims=True), by[2]), image)
+    def jitter(images: np.ndarray, by: np.ndarray) -> np.ndarray:
+        light = _unit(images, key) * _each(by[:, 0])
+        light = _blend(light, _means(light), _each(by[:, 1]))
+        return _like(_blend(light, light.mean(axis=-1, keepdims=True), _each(by[:, 2])), images)
 
-    return _on(key, jitter)
+    return Augment(key, lambda rng, shape: 1 + rng.uniform(-1, 1, size=3) * [brightness, contrast, saturation], jitter)
 
 
 def rand_augment(n_ops: int = 2, magnitude: float = 0.3, *, key: str = "image") -> Augment:
@@ -167,35 +217,51 @@ def rand_augment(n_ops: int = 2, magnitude: float = 0.3, *, key: str = "image") 
     if magnitude > 1:
         raise JaxdlError(f"magnitude={magnitude} must lie in 0..1; divide the paper's number by 30.")
 
-    def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        light = _unit(image, key)
-        for op in rng.integers(0, len(_OPERATIONS), size=n_ops):
-            light = np.clip(_OPERATIONS[op](light, magnitude, rng.choice([-1.0, 1.0])), 0, 1)
-        return _like(light, image)
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> list[np.ndarray]:
+        return [rng.integers(0, len(_OPERATIONS), size=n_ops), rng.integers(0, 2, size=n_ops) * 2 - 1]
 
-    return _on(key, augment)
+    def augment(images: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        light = _unit(images, key)
+        for ops, signs in drawn.transpose(2, 1, 0):
+            for op in np.unique(ops):
+                at = ops == op
+                light[at] = np.clip(_OPERATIONS[op](light[at], magnitude, signs[at]), 0, 1)
+        return _like(light, images)
+
+    return Augment(key, draw, augment)
 
 
-_OPERATIONS: tuple[Callable[[np.ndarray, float, float], np.ndarray], ...] = (
-    lambda image, m, sign: image,
-    lambda image, m, sign: affine(image, rotation(sign * 30 * m)),
-    lambda image, m, sign: affine(image, shear(x=sign * 0.3 * m)),
-    lambda image, m, sign: affine(image, shear(y=sign * 0.3 * m)),
-    lambda image, m, sign: affine(image, translation(x=sign * 0.45 * m * image.shape[1])),
-    lambda image, m, sign: affine(image, translation(y=sign * 0.45 * m * image.shape[0])),
-    lambda image, m, sign: image * (1 + sign * 0.9 * m),
-    lambda image, m, sign: _blend(image, image.mean(), 1 + sign * 0.9 * m),
-    lambda image, m, sign: np.where(image > 1 - m, 1 - image, image),
-    lambda image, m, sign: np.floor(image * 255 / 2 ** round(4 * m)) * 2 ** round(4 * m) / 255,
+# (images (N, H, W, C), magnitude, signs (N,)) -> images
+_OPERATIONS: tuple[Callable[[np.ndarray, float, np.ndarray], np.ndarray], ...] = (
+    lambda images, m, signs: images,
+    lambda images, m, signs: affine(images, rotation(signs * 30 * m)),
+    lambda images, m, signs: affine(images, shear(x=signs * 0.3 * m)),
+    lambda images, m, signs: affine(images, shear(y=signs * 0.3 * m)),
+    lambda images, m, signs: affine(images, translation(x=signs * 0.45 * m * images.shape[2])),
+    lambda images, m, signs: affine(images, translation(y=signs * 0.45 * m * images.shape[1])),
+    lambda images, m, signs: images * (1 + _each(signs) * 0.9 * m),
+    lambda images, m, signs: _blend(images, _means(images), 1 + _each(signs) * 0.9 * m),
+    lambda images, m, signs: np.where(images > 1 - m, 1 - images, images),
+    lambda images, m, signs: np.floor(images * 255 / 2 ** round(4 * m)) * 2 ** round(4 * m) / 255,
 )
 
 
-def _blend(image: np.ndarray, centre: Any, by: float) -> np.ndarray:
+def _each(numbers: np.ndarray) -> np.ndarray:
+    """(N,) -> (N, 1, 1, 1), for images (N, H, W, C)."""
+    return numbers[:, None, None, None]
+
+
+def _means(images: np.ndarray) -> np.ndarray:
+    """Of each image, (N, 1, 1, 1)."""
+    return _each(images.reshape(len(images), -1).mean(axis=1))
+
+
+def _blend(image: np.ndarray, centre: Any, by: Any) -> np.ndarray:
     return centre + (image - centre) * by
 
 
 def _unit(image: np.ndarray, key: str) -> np.ndarray:
-    """float64 in 0..1."""
+    """float64 in 0..1, a copy."""
     if image.dtype == np.uint8:
         return image / 255
     if not np.issubdtype(image.dtype, np.floating) or image.min() < 0 or image.max() > 1:

@@ -6,8 +6,9 @@ batch may straddle two epochs, nothing is dropped, and any step can be looked up
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,31 @@ def example_rng(seed: int, position: int) -> np.random.Generator:
       True
     """
     return np.random.Generator(_philox(seed, _EXAMPLE, position))
+
+
+class RowRngs(Sequence[np.random.Generator]):
+    """`example_rng` of each position; made when the first is asked for, since not every transform draws.
+
+    Example:
+      >>> bool(RowRngs(0, np.array([7, 8]))[1].random() == example_rng(0, 8).random())
+      True
+    """
+
+    def __init__(self, seed: int, positions: np.ndarray) -> None:
+        self._seed, self._positions = seed, positions
+
+    @functools.cached_property
+    def _made(self) -> list[np.random.Generator]:
+        return [example_rng(self._seed, position) for position in self._positions.tolist()]
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
+
+    def __iter__(self) -> Iterator[np.random.Generator]:
+        return iter(self._made)
 
 
 def batch_rng(seed: int, step: int) -> np.random.Generator:

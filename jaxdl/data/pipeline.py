@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdl.data.order import Order, batch_rng, example_rng
+from jaxdl.data.order import Order, RowRngs, batch_rng
 from jaxdl.data.sources import Arrays, ArraySource, Example, Source, read_rows, stack
 from jaxdl.errors import JaxdlError
 
@@ -30,7 +30,8 @@ class Pipeline:
       seed: 0 <= seed < 2**64; of the order and of the augmentation.
       shuffle: a new order each epoch.
       transforms: `(example, rng) -> example`, applied in turn to each example; `rng` depends on (seed, position) only.
-        One with an attribute `is_batched = True` (such as `fit_standardize` gives) is called once for all rows.
+        One with an attribute `is_batched = True`, as all of `jaxdl.data` have it, is called once for all rows:
+        `(arrays, rngs) -> arrays`, with a list of each row's `rng`.
       batch_transforms: `(batch, rng) -> batch` on the global batch; `rng` depends on (seed, step) only. Rows of
         different processes may be mixed, so with these every process reads the whole global batch and keeps its block.
       process_index: which block of the global batch `data[step]` holds; set by `shard`.
@@ -157,21 +158,24 @@ def _transformed(
     """Reads rows and applies the transforms to each; those that say `is_batched` take all rows in one call."""
     if not transforms:
         return read_rows(source, rows)
-    rngs = [example_rng(seed, int(position)) for position in positions] if any(map(_is_single, transforms)) else []
+    rngs = RowRngs(seed, positions)
     take = getattr(source, "take", None)
     data: Arrays | list[Example] = take(rows) if take is not None else [source[int(row)] for row in rows]
     for transform in transforms:
-        if _is_single(transform):
+        if getattr(transform, "is_batched", False):
+            data = _all_at_once(transform, data, rngs)
+        else:
             examples = data if isinstance(data, list) else _unstack(data)
             data = [transform(example, rng) for example, rng in zip(examples, rngs, strict=True)]
-        else:
-            batch_transform: Any = transform
-            data = batch_transform(stack(data) if isinstance(data, list) else data)
     return stack(data) if isinstance(data, list) else data
 
 
-def _is_single(transform: ExampleTransform) -> bool:
-    return not getattr(transform, "is_batched", False)
+def _all_at_once(transform: Any, data: Arrays | list[Example], rngs: Sequence[Any]) -> Arrays | list[Example]:
+    if not isinstance(data, list):
+        return transform(data, rngs)
+    if len({tuple(map(np.shape, example.values())) for example in data}) == 1:
+        return transform(stack(data), rngs)
+    return [_unstack(transform(stack([example]), [rng]))[0] for example, rng in zip(data, rngs, strict=True)]
 
 
 def _unstack(batch: Arrays) -> list[Example]:
