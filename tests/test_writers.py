@@ -1,8 +1,10 @@
 """Metric files: exact floats, torn lines, resuming, widening, event files, and the two services."""
 
+import importlib.util
 import json
 import math
 import struct
+import subprocess
 import sys
 import types
 
@@ -254,6 +256,29 @@ def test_tensorboard_resume_purges_and_never_overwrites(tmp_path):
     purges = [event.step for event in events if event.session_log.status == SessionLog.START]
     assert purges == [11, 11, 11]
     assert scalars(events) == [(11, {"loss": 1.0})] * 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
+def test_event_files_are_written_without_pytorch_and_others_get_all_of_tensorboardx(tmp_path):
+    code = """
+import sys
+from jaxdl.report.writers import TensorBoardWriter
+writer = TensorBoardWriter(sys.argv[1])
+writer.write(1, {"loss": 0.5})
+writer.close()
+print("torch" in sys.modules, "tensorboardX" in sys.modules)
+import tensorboardX, torch
+with tensorboardX.SummaryWriter(sys.argv[1], filename_suffix=".theirs") as theirs:
+    theirs.add_histogram("weights", torch.ones(3), 2)
+writer.write(3, {"loss": 0.25})
+writer.close()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert result.stdout.split()[:2] == ["False", "False"]
+    values = [value for event in read_events(tmp_path) for value in event.summary.value]
+    assert {value.tag for value in values} == {"loss", "weights"}
+    assert sorted(value.simple_value for value in values if value.tag == "loss") == [0.25, 0.5]
 
 
 def test_tensorboard_makes_no_file_for_an_empty_run(tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
+from jaxdl.report.event_files import event_files
 from jaxdl.report.history import Row, checked_row, json_line, read_history
 from jaxdl.report.services import MlflowWriter, WandbWriter
 
@@ -184,16 +185,14 @@ class TensorBoardWriter:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self.directory = Path(directory)
+        self.directory, self._files = Path(directory), event_files()
         self._events: Any = None
         self._purge_step: int | None = None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        row = checked_row(step, scalars)
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
-        self._record(row["step"], summary=Summary(value=values))
+        row, made = checked_row(step, scalars), self._files.summary.Summary
+        values = [made.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
+        self._record(row["step"], summary=made(value=values))
 
     def flush(self) -> None:
         if self._events is not None:
@@ -211,23 +210,19 @@ class TensorBoardWriter:
     def _record(self, step: int, **content: Any) -> None:
         import time
 
-        from tensorboardX.proto.event_pb2 import Event
-
         if self._events is None:
             self._events = self._open()
-        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+        self._events.write_event(self._files.event.Event(step=step, wall_time=time.time(), **content))
 
     def _open(self) -> Any:
         """The synchronous half of tensorboardX: its `SummaryWriter.flush` does not wait for the thread behind it."""
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
-
+        writer, event, _ = self._files
         self.directory.mkdir(parents=True, exist_ok=True)
         n_before = sum(1 for _ in self.directory.glob("events.out.tfevents.*"))
         # The library names files by the second and would overwrite the one of a run restarted within it.
-        self._events = EventsWriter(str(self.directory / "events"), filename_suffix=f".{n_before:06d}")
+        self._events = writer.EventsWriter(str(self.directory / "events"), filename_suffix=f".{n_before:06d}")
         if self._purge_step is not None:
-            self._record(self._purge_step, session_log=SessionLog(status=SessionLog.START))
+            self._record(self._purge_step, session_log=event.SessionLog(status=event.SessionLog.START))
             self._purge_step = None
         return self._events
 
