@@ -62,10 +62,12 @@ def test_the_rng_decides_everything(transform):
 
 @pytest.mark.parametrize("transform", ALL)
 def test_rows_of_one_generator_are_refused_and_one_image_of_many(transform):
-    with pytest.raises(JaxdlError, match=r"shape \(2, 6, 5, 3\); augmentation takes one image"):
+    with pytest.raises(JaxdlError, match=r"shape \(2, 6, 5, 3\), with one generator; augmentation takes one image"):
         applied(transform, np.zeros((2, 6, 5, 3), np.uint8))
-    with pytest.raises(JaxdlError, match=r"shape \(6, 5, 3\); .* or rows"):
+    with pytest.raises(JaxdlError, match=r"shape \(6, 5, 3\), with a list of 1 generators; .* or rows"):
         transform({"image": picture()}, [rng(0)])
+    with pytest.raises(JaxdlError, match="a list of N generators"):
+        transform({"image": np.zeros((2, 6, 5, 3), np.uint8)}, [rng(0)])
 
 
 @pytest.mark.parametrize("transform", [*ALL, rand_augment(3, 0.9), color_jitter(0.9, 0.9, 0.9)])

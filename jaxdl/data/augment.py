@@ -42,7 +42,7 @@ class Augment:
         """Changes an example by its generator, or rows by a list of theirs.
 
         Raises:
-          JaxdlError: what is there is no image (H, W, C), or no rows of them.
+          JaxdlError: what is there is no image (H, W, C), or no rows of them, or not as many as generators.
 
         Example:
           >>> rows, rngs = {"image": np.ones((2, 4, 4, 1))}, [np.random.default_rng(i) for i in (0, 1)]
@@ -50,10 +50,11 @@ class Augment:
           (2, 4, 4, 1)
         """
         images, is_one = np.asarray(example[self.key]), isinstance(rng, np.random.Generator)
-        if images.ndim != (3 if is_one else 4):
+        if images.ndim != (3 if is_one else 4) or not (is_one or len(images) == len(rng)):
+            given = "one generator" if is_one else f"a list of {len(rng)} generators"
             raise JaxdlError(
-                f"{self.key} has shape {images.shape}; augmentation takes one image (H, W, C) and its generator, or"
-                " rows (N, H, W, C) and a list of N generators."
+                f"{self.key} has shape {images.shape}, with {given}; augmentation takes one image (H, W, C) and its"
+                " generator, or rows (N, H, W, C) and a list of N generators."
             )
         changed = self._changed(images[None], [rng])[0] if is_one else self._changed(images, rng)
         return {**example, self.key: changed}
