@@ -49,17 +49,19 @@ class Augment:
           >>> random_crop(2)(rows, rngs)["image"].shape
           (2, 4, 4, 1)
         """
-        images, is_one = np.asarray(example[self.key]), isinstance(rng, np.random.Generator)
-        if images.ndim != (3 if is_one else 4) or not (is_one or len(images) == len(rng)):
-            given = "one generator" if is_one else f"a list of {len(rng)} generators"
+        images = np.asarray(example[self.key])
+        rngs = [rng] if isinstance(rng, np.random.Generator) else rng
+        is_one = rngs is not rng
+        if images.ndim != (3 if is_one else 4) or not (is_one or len(images) == len(rngs)):
+            given = "one generator" if is_one else f"a list of {len(rngs)} generators"
             raise JaxdlError(
                 f"{self.key} has shape {images.shape}, with {given}; augmentation takes one image (H, W, C) and its"
                 " generator, or rows (N, H, W, C) and a list of N generators."
             )
-        changed = self._changed(images[None], [rng])[0] if is_one else self._changed(images, rng)
+        changed = self._changed(images[None], rngs)[0] if is_one else self._changed(images, rngs)
         return {**example, self.key: changed}
 
-    def _changed(self, images: np.ndarray, rngs: Any) -> np.ndarray:
+    def _changed(self, images: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
         drawn = np.array([self.draw(rng, images.shape[1:]) for rng in rngs])
         size = max(1, _AT_A_TIME // max(1, images[0].size))
         parts = [slice(i, i + size) for i in range(0, len(images), size)]
