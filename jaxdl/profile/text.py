@@ -1,5 +1,7 @@
 """A profile as text that a person reads."""
 
+import statistics
+
 from jaxdl.plan.text import table
 from jaxdl.profile.operations import COLLECTIVE, COPY, ELEMENTWISE, OTHER, PRODUCT, REDUCTION
 from jaxdl.profile.result import OperationRow, StepProfile, joined, spread
@@ -52,6 +54,7 @@ def _kinds(profile: StepProfile) -> str:
     for kind, seconds in profile.kinds.items():
         lines.append([kind, _ms(seconds), _percent(seconds, total), _MEANS[kind]])
     lines.append(["sum: a usual step in the trace", _ms(total), _percent(total, total), ""])
+    lines.append(["mean of all steps in the trace", _ms(statistics.fmean(profile.step_s)), "", ""])
     parts = [f"{name} {_percent(profile.parts[part], total)}" for part, name in _PARTS.items() if part in profile.parts]
     return f"{table(lines, right=[1, 2])}\nof which {', '.join(parts)}"
 
