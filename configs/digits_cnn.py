@@ -2,7 +2,7 @@
 
 Command: python -m experiments.classify_images --config configs/digits_cnn.py
 Measured on two cores of an AMD EPYC, JAX 0.10.2:
-test accuracy 98.31 % after 15 s, 10 with a warm compile cache, 74,794 parameters.
+test accuracy 98.31 % after 22 s, 12 with a warm compile cache, 74,794 parameters.
 """
 
 from experiments.classify_images import Config

@@ -2,7 +2,7 @@
 
 Command: python -m experiments.classify_images --config configs/digits_mlp.py
 Measured on two cores of an AMD EPYC, JAX 0.10.2:
-test accuracy 98.59 % after 7 s, 50,826 parameters.
+test accuracy 98.59 % after 9 s, 50,826 parameters.
 """
 
 from experiments.classify_images import Config
