@@ -18,7 +18,7 @@ lint: $(VENV)/.installed-test
 
 # The tests that take long, twenty kills at random moments and a hundred flipped bytes; docs/proofs.md keeps what the
 # last two printed.
-prove: $(VENV)/.installed-test
+prove: $(VENV)/.installed-test $(VENV)/.installed-bench
 	$(RUN) -m pytest -q -n 2 --dist loadgroup -m proof
 	$(RUN) -m tests.faults.prove_flips
 	$(RUN) -m tests.faults.prove_kill

@@ -21,11 +21,11 @@ from benchmarks.table import Table, not_run, time_cell
 
 BATCH_SIZE = 128
 LENGTH, DOCUMENT_TOKENS = 256, (20, 200)
-# name -> (source, rows, transforms, batches of a round: of jaxdl's gather, of those that go row by row)
+# name -> (source, rows, transforms, batches of a round by the class that reads them)
 WORKLOADS = {
-    "32x32x3 uint8": ("images", 160 * BATCH_SIZE, False, (5000, 160)),
-    "32x32x3 uint8, crop and flip": ("images", 160 * BATCH_SIZE, True, (160, 160)),
-    f"documents packed to {LENGTH} tokens": ("text", 40 * BATCH_SIZE, False, (200, 200)),
+    "32x32x3 uint8": ("images", 160 * BATCH_SIZE, False, {"Jaxdl": 5000, "Torch": 160, "Grain": 160}),
+    "32x32x3 uint8, crop and flip": ("images", 160 * BATCH_SIZE, True, {"Jaxdl": 160, "Torch": 160, "Grain": 40}),
+    f"documents packed to {LENGTH} tokens": ("text", 40 * BATCH_SIZE, False, {"Jaxdl": 200, "Torch": 200, "Grain": 50}),
 }
 
 
@@ -202,7 +202,7 @@ def run(settings: Settings) -> list[Table]:
         options = {"source": source, "n_rows": n_rows, "is_augmented": is_augmented}
         rows = []
         for side, (class_name, more) in SIDES.items():
-            n = batches[class_name != "Jaxdl"]
+            n = batches[class_name]
             round_ = {"batches": max(5, n // 10) if settings.is_quick else n}
             rows.append(Competitor(side, f"benchmarks.input_pipeline:{class_name}", {**options, **more}, round_))
         results = measure(rows, settings)

@@ -97,16 +97,16 @@ def run(settings: Settings) -> list[Table]:
     """One table."""
     sizes = {"sizes": SIZES, "batch_size": BATCH_SIZE}
     shrink: Callable[[int], int] = lambda steps: steps // 10 if settings.is_quick else steps  # noqa: E731
-    round_ = {"steps": shrink(4000)}
+    round_ = {"steps": shrink(2000)}
     with tempfile.TemporaryDirectory() as directory:
         fit = {**sizes, "directory": directory, "is_saving": False, "is_resident": True}
         terminal = {"TERM": "xterm-256color", "COLUMNS": "100"}
         target = "benchmarks.loop_overhead:Fit"
-        repeated = {**fit, "steps": shrink(20_000), "steps_per_call": STEPS_PER_CALL}
+        repeated = {**fit, "steps": shrink(10_000), "steps_per_call": STEPS_PER_CALL}
         results = measure(
             [
                 Competitor(IDIOMATIC, "benchmarks.tiny_loop:Torch", {**sizes, "is_idiomatic": True}, round_),
-                Competitor(FIT, target, {**fit, "steps": shrink(5000)}, environment=terminal),
+                Competitor(FIT, target, {**fit, "steps": shrink(2500)}, environment=terminal),
                 Competitor(BEST, "benchmarks.tiny_loop:Torch", sizes, round_),
                 Competitor(REPEATED, target, repeated, environment=terminal),
                 Competitor(COMPILED, "benchmarks.tiny_loop:Torch", {**sizes, "is_compiled": True}, round_),

@@ -257,6 +257,7 @@ def competitors(
     torch_variants: Mapping[str, Mapping[str, Any]] = {},
     bare: str | None = None,
     keras: str | None = None,
+    on_jax_steps: int | None = None,
 ) -> list[Competitor]:
     """Who is measured in a workload, in the order of the rounds.
 
@@ -269,6 +270,7 @@ def competitors(
       steps_per_call, is_mapped: of jaxdl's best form, which has a device a core and MEMORY_KEPT.
       torch_variants: further rows of PyTorch: name -> options.
       bare, keras: the network's name in `bare_jax` and in `keras_models`; None for no such row.
+      on_jax_steps: of a round of these two, where they are so slow that fewer than `steps` do.
     """
     round_ = {"steps": steps_per_call if settings.is_quick else steps}
     torch_class, jaxdl_class = f"{module}:Torch{suffix}", f"{module}:Jaxdl{suffix}"
@@ -281,7 +283,8 @@ def competitors(
 
     rows = [row(name, torch_class, options) for name, options in theirs.items()]
     rows[1:1] = [row(ONE, jaxdl_class, {}), row(best_name(best), jaxdl_class, best)]
-    return [*rows, *on_jax(jaxdl_class, sizes, round_, bare=bare, keras=keras), PEAK_ROW]
+    theirs_on_jax = round_ if settings.is_quick else {"steps": on_jax_steps or steps}
+    return [*rows, *on_jax(jaxdl_class, sizes, theirs_on_jax, bare=bare, keras=keras), PEAK_ROW]
 
 
 def on_jax(

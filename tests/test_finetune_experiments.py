@@ -172,6 +172,7 @@ def test_the_export_gives_the_same_predictions_in_transformers(folder, reviews, 
     assert theirs.config.id2label == {0: "negative", 1: "positive"}
 
 
+@pytest.mark.optimized  # as the process that is killed is
 @pytest.mark.proof  # faults/test_unfreeze_kill is one, too, and a quarter as long
 def test_gradual_unfreezing_goes_on_where_it_was_stopped(folder, reviews, tmp_path):
     config = ROOT / "configs" / "minilm_full.py"
