@@ -64,9 +64,13 @@ class Jaxdl(JaxdlTraining):
     """`jaxdl.models.bert.Bert`, perhaps with `jaxdl.finetune.lora`; it also tells what a delta of the run holds."""
 
     def __init__(self, kind: str, **options: Any) -> None:
+        self.kind = kind
         super().__init__(kind=kind, **options)
-        if kind != "full":
-            self.facts |= self._bytes()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Those of every workload, and bytes of a delta."""
+        return super().facts | (self._bytes() if self.kind != "full" else {})
 
     def make(
         self,
@@ -234,7 +238,8 @@ def run(settings: Settings) -> list[Table]:
         found[kind] = next(result for result in results if result.name == "jaxdl")
     with Child(Competitor("FLOPs", "benchmarks.bert_flops:Counts", SIZES)) as child:
         settings.note("compiles to count FLOPs")
-        counts = child.set_up()
+        child.set_up()
+        counts = child.facts()
     return [*tables, work_table(counts, found)]
 
 

@@ -54,7 +54,8 @@ class _Side:
         self.prompts, self.n_new = make_prompts(sizes["vocab_size"], batch_size), n_new
         self.make(**sizes, **options)
         self.facts = {"tokens": self.generate()}
-        self.generate()
+        if options.get("is_compiled"):
+            self.generate()  # compiles again, for lengths in general
 
     make: Callable[..., None]  # makes the network and its weights, from sizes and options
 

@@ -2,7 +2,7 @@
 
 A competitor is a class. Its constructor sets up and warms up; `round(**arguments)` does one timed round and returns the
 seconds that one unit of work took, or a dict of them and of other figures of the round; `facts`, if there is one, is a
-dict that JSON can hold (such as the first losses).
+dict that JSON can hold (such as the first losses), read after the last round.
 The rounds are interleaved, A B A B, so that a machine that gets slower gets slower for all.
 """
 
@@ -70,7 +70,7 @@ class Result:
     Attributes:
       name: of the competitor.
       seconds: of one unit of work, one entry a round.
-      facts: what the competitor told after its set-up.
+      facts: what the competitor told at the end.
       failure: why there are no figures, else None.
       rounds: what each round returned, where that was a dict; `seconds` are its "seconds".
     """
@@ -174,9 +174,13 @@ class Child:
             text=True,
         )
 
-    def set_up(self) -> Any:
-        """Makes the competitor in the child and returns its facts."""
-        return self._ask({"call": "set_up", "target": self._competitor.target, "arguments": self._competitor.options})
+    def set_up(self) -> None:
+        """Makes the competitor in the child."""
+        self._ask({"call": "set_up", "target": self._competitor.target, "arguments": self._competitor.options})
+
+    def facts(self) -> Any:
+        """What the competitor in the child tells of itself."""
+        return self._ask({"call": "facts"})
 
     def call(self, method: str, **arguments: Any) -> Any:
         """Calls a method in the child and returns what it returned."""
@@ -229,7 +233,6 @@ def measure(competitors: Sequence[Competitor], settings: Settings) -> list[Resul
       A result for each competitor, in their order; one that failed says why and the others go on.
     """
     children = {competitor.name: Child(competitor) for competitor in competitors}
-    facts: dict[str, Any] = {}
     told: dict[str, list[Any]] = {name: [] for name in children}
     failures: dict[str, str] = {}
 
@@ -242,7 +245,7 @@ def measure(competitors: Sequence[Competitor], settings: Settings) -> list[Resul
 
     def set_up(name: str, child: Child) -> None:
         start = time.perf_counter()
-        facts[name] = attempt(name, child.set_up)
+        attempt(name, child.set_up)
         settings.note(f"set up in {time.perf_counter() - start:.1f} s: {name}")
 
     try:
@@ -253,6 +256,7 @@ def measure(competitors: Sequence[Competitor], settings: Settings) -> list[Resul
             for competitor in competitors:
                 if competitor.name not in failures:
                     _time(competitor, children[competitor.name], told[competitor.name], attempt)
+        facts = {name: attempt(name, child.facts) for name, child in children.items() if name not in failures}
     finally:
         for child in children.values():
             child.__exit__()

@@ -33,7 +33,8 @@ def n_cores() -> int:
 def describe() -> dict[str, str]:
     """Name -> text: date, machine and versions. JAX is asked in a process of its own."""
     with Child(Competitor("machine", "benchmarks.machine:Machine")) as child:
-        found = child.set_up()
+        child.set_up()
+        found = child.facts()
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

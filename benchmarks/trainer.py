@@ -31,10 +31,16 @@ class Trainer:
         self.go: queue.Queue[int] = queue.Queue()
         self.arrived: queue.Queue[Any] = queue.Queue()
         self.losses: list[float] = []
-        self.left = N_LOSSES
+        self.left = 1
         threading.Thread(target=self._work, args=(directory, sizes), daemon=True).start()
         self._wait()
-        self.facts = {"first_losses": self.losses}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The first losses, by further steps where there were too few."""
+        while len(self.losses) < N_LOSSES:
+            self.round(1)
+        return {"first_losses": self.losses}
 
     def round(self, steps: int) -> float:
         """Seconds of a step, the reading of its batch included."""

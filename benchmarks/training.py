@@ -70,21 +70,26 @@ class Jaxdl:
         steps_per_call: int = 1,
         **sizes: Any,
     ) -> None:
-        import jax
-
-        from jaxdl.plan.flops import count_flops
-
         self.mesh = data_mesh(n_devices)  # before anything else touches JAX
         use_full_float32()
         self.axis_name = "data" if is_mapped else None
         self.parts, self.n, self.done = self.make(**sizes), steps_per_call, 0
         self.call, self.state = self.make_step()
-        losses: list[float] = []
-        while len(losses) < N_LOSSES:
-            losses += self.losses(jax.device_get(self._step()))
+        self.first: list[Any] = []  # what the first calls returned
+        self._run(1)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The first losses, by further steps where there were too few; what the optimizer holds; FLOPs of a step."""
+        import jax
+
+        from jaxdl.plan.flops import count_flops
+
+        while self.n * len(self.first) < N_LOSSES:
+            self._run(1)
         moments = jax.tree.leaves(getattr(self.state, "opt_state", ()))
-        self.facts = {
-            "first_losses": losses[:N_LOSSES],
+        return {
+            "first_losses": [loss for told in self.first for loss in self.losses(jax.device_get(told))][:N_LOSSES],
             "optimizer_bytes": sum(leaf.nbytes for leaf in moments),
             "flops": count_flops(self.call, self.state, self.batch(0)).total() / self.n,
         }
@@ -134,12 +139,13 @@ class Jaxdl:
         """The mean loss of each step of a call."""
         return np.atleast_1d(metrics["loss"].total / metrics["loss"].weight).tolist()
 
-    def _step(self) -> Any:
+    def _step(self) -> None:
         import jax
 
-        self.state, metrics = self.call(self.state, jax.device_put(self.batch(self.done), self.sharding))
+        self.state, told = self.call(self.state, jax.device_put(self.batch(self.done), self.sharding))
         self.done += self.n
-        return metrics
+        if self.n * len(self.first) < N_LOSSES:
+            self.first.append(told)
 
     def round(self, steps: int) -> float:
         """Seconds of a step, over `steps` of them after a few that are not timed."""
@@ -175,7 +181,15 @@ class Torch:
             fused=True,
         )
         self.loss_fn = torch.compile(loss_fn) if is_compiled else loss_fn
-        self.facts = {"first_losses": [self._step().item() for _ in range(N_LOSSES)]}
+        self.first: list[Any] = []  # losses
+        self._run(1)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The first losses, by further steps where there were too few."""
+        while len(self.first) < N_LOSSES:
+            self._run(1)
+        return {"first_losses": [loss.item() for loss in self.first]}
 
     # (model on `self.device`, loss of a batch's tensors as keywords, batches on the host), from the sizes
     make: Callable[..., tuple[Any, Any, list[dict[str, Any]]]]
@@ -187,6 +201,8 @@ class Torch:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
+        if len(self.first) < N_LOSSES:
+            self.first.append(loss.detach())
         return loss
 
     def round(self, steps: int) -> float:

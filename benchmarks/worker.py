@@ -2,9 +2,9 @@
 
     python -m benchmarks.worker
 
-Standard input holds requests: `{"call": "set_up", "target": "module:Class", "arguments": {...}}`, then calls of its
-methods. Standard output holds the answers, `{"ok": ...}` or `{"error": ...}`; what libraries print goes to standard
-error.
+Standard input holds requests: `{"call": "set_up", "target": "module:Class", "arguments": {...}}`, then
+`{"call": "facts"}` and calls of its methods. Standard output holds the answers, `{"ok": ...}` or `{"error": ...}`; what
+libraries print goes to standard error.
 """
 
 import importlib
@@ -24,6 +24,8 @@ def main() -> None:
         try:
             if request["call"] == "set_up":
                 competitor = _load(request["target"])(**request["arguments"])
+                answer: dict[str, Any] = {"ok": None}
+            elif request["call"] == "facts":
                 answer = {"ok": getattr(competitor, "facts", {})}
             else:
                 answer = {"ok": getattr(competitor, request["call"])(**request["arguments"])}

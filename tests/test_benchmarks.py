@@ -173,7 +173,8 @@ def test_a_competitor_that_fails_later_has_no_figures(dies, told, tmp_path):
 
 def test_leaving_a_child_ends_its_process(tmp_path):
     with Child(clock("A", tmp_path / "log")) as child:
-        pid = child.set_up()["pid"]
+        child.set_up()
+        pid = child.facts()["pid"]
         assert child.call("round", seconds=0.0) == 1.0
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -249,7 +250,7 @@ def test_pytorch_does_the_same_maths(step_losses):
 def test_the_step_written_by_hand_does_the_same_maths(step_losses):
     with jax.numpy_rank_promotion("allow"):
         by_hand = bare_jax.Bare("benchmarks.mlp:Jaxdl", "mlp", {"sizes": (8, 4, 3), "batch_size": 4})
-    np.testing.assert_allclose(by_hand.facts["first_losses"], step_losses, rtol=1e-5)
+        np.testing.assert_allclose(by_hand.facts["first_losses"], step_losses, rtol=1e-5)
 
 
 def test_fit_is_held_between_rounds_and_does_the_same_maths_as_the_bare_loop(tmp_path):

@@ -69,7 +69,7 @@ def test_the_step_written_by_hand_computes_the_same_losses(name):
     with jax.numpy_rank_promotion("allow"):
         by_hand = bare_jax.Bare(f"{ours.__module__}:{ours.__name__}", BY_HAND[name], sizes)
         assert by_hand.round(steps=1) > 0
-    np.testing.assert_allclose(by_hand.facts["first_losses"], our_side(name).facts["first_losses"], rtol=1e-5)
+        np.testing.assert_allclose(by_hand.facts["first_losses"], our_side(name).facts["first_losses"], rtol=1e-5)
     moving, _ = by_hand.state
     assert ("head/kernel" in moving) == (name != "gpt")
     assert "embed/norm/scale" not in moving

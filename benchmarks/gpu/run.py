@@ -66,7 +66,8 @@ def _measured(name: str, deadline: float, options: Any, ceilings: Mapping[str, A
 def _ceilings(facts: dict[str, str]) -> Mapping[str, Any]:
     with Child(Competitor("ceilings", "benchmarks.gpu.ceilings:Ceilings")) as child:
         try:
-            found = child.set_up()
+            child.set_up()
+            found = child.facts()
         except BenchmarkError as error:
             found = {"failure": str(error)}
     facts["ceilings"] = ceilings_note(found)
