@@ -24,6 +24,9 @@ class RetraceError(JaxdlError):
 def enable_compile_cache(directory: str | Path | None = None) -> Path:
     """Keeps compiled programs on disk, so that the second start of a program does not compile.
 
+    That includes what your own `jax.jit` compiles. On a CPU that shows itself as several devices wrap such a call in
+    `unkept`: jaxlib 0.10.2 may run collectives that it reads back in an order that makes the devices wait for ever.
+
     Args:
       directory: where; `$JAX_COMPILATION_CACHE_DIR` or `~/.cache/jaxdl/xla` where None.
 
@@ -58,7 +61,8 @@ class Compiled:
       donate_argnums: arguments whose buffers the result may reuse.
       name: how messages call it.
       compiler_options: XLA's, as of `jax.jit`.
-      is_kept: whether the compile cache may keep the program; one that came from there cannot be `moved`.
+      is_kept: whether the compile cache may keep the program; one that came from there cannot be `moved`. One over
+        several devices of a CPU is not kept, see `compile`.
 
     Attributes:
       compile_s: seconds of tracing and compiling, None before the first call.
@@ -93,10 +97,15 @@ class Compiled:
         self.is_cached = False
 
     def compile(self, *args: Any) -> None:
-        """Compiles for the shapes of these arguments (arrays or `jax.ShapeDtypeStruct`s) without running."""
+        """Compiles for the shapes of these arguments (arrays or `jax.ShapeDtypeStruct`s) without running.
+
+        A program over several devices of a CPU is never kept: what XLA reads back from the cache may run collectives in
+        another order on each device, which then wait for each other until XLA ends the process.
+        """
         start, hits, misses = time.perf_counter(), _counts[_HITS], _counts[_MISSES]
         self._signature = _signature(args)
-        with contextlib.nullcontext() if self._is_kept else _unkept():
+        is_kept = self._is_kept and not _is_over_cpus(args)
+        with contextlib.nullcontext() if is_kept else unkept():
             self._executable = self._jitted.lower(*args).compile()
         self.compile_s = time.perf_counter() - start
         self.is_cached = _counts[_HITS] > hits and _counts[_MISSES] == misses
@@ -135,7 +144,13 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def _unkept() -> Iterator[None]:
+def unkept() -> Iterator[None]:
+    """What is compiled meanwhile does not go to the compile cache on disk.
+
+    Example:
+      >>> with unkept():
+      ...     double = jax.jit(lambda x: 2 * x).lower(1.0).compile()
+    """
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, float("inf"))
@@ -143,6 +158,12 @@ def _unkept() -> Iterator[None]:
         yield
     finally:
         jax.config.update(name, before)
+
+
+def _is_over_cpus(args: tuple[Any, ...]) -> bool:
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
+    over = (sharding.device_set for sharding in shardings if sharding is not None)
+    return any(len(devices) > 1 and next(iter(devices)).platform == "cpu" for devices in over)
 
 
 def _signature(args: tuple[Any, ...]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdl import make_train_step, repeat
+from jaxdl.compilation import unkept
 from jaxdl.data import ArraySource, Pipeline
 from jaxdl.errors import JaxdlError
 from jaxdl.loop import fit
@@ -35,6 +36,15 @@ from tests import small_networks
 pytestmark = pytest.mark.optimized
 
 STEPS, FLOOR_BYTES = 20, 512
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """Read back from the compile cache, `lstm-tensor` waits for ever: see `jaxdl.compilation.Compiled`."""
+    with unkept():
+        yield
+
+
 FSDP = functools.partial(with_fsdp, floor_bytes=FLOOR_BYTES)
 
 
