@@ -31,7 +31,7 @@ prove-exact: $(VENV)/.installed-test
 prove-processes: $(VENV)/.installed-test
 	$(RUN) -m tests.prove_processes
 
-# About half an hour; docs/performance.md keeps what it printed.
+# 26 minutes on two cores; docs/performance.md keeps what it printed.
 bench: $(VENV)/.installed-bench
 	$(RUN) -m benchmarks.run
 
