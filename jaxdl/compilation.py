@@ -24,8 +24,9 @@ class RetraceError(JaxdlError):
 def enable_compile_cache(directory: str | Path | None = None) -> Path:
     """Keeps compiled programs on disk, so that the second start of a program does not compile.
 
-    That includes what your own `jax.jit` compiles. On a CPU that shows itself as several devices wrap such a call in
-    `unkept`: jaxlib 0.10.2 may run collectives that it reads back in an order that makes the devices wait for ever.
+    That includes what `jax.jit` compiles, yours or that of a runner such as `jit_step`. On a CPU that shows itself as
+    several devices make the first call under `unkept`: jaxlib 0.10.2 may run collectives that it reads back in an order
+    that makes the devices wait for ever.
 
     Args:
       directory: where; `$JAX_COMPILATION_CACHE_DIR` or `~/.cache/jaxdl/xla` where None.

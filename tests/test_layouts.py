@@ -36,6 +36,7 @@ from tests import small_networks
 pytestmark = pytest.mark.optimized
 
 STEPS, FLOOR_BYTES = 20, 512
+FSDP = functools.partial(with_fsdp, floor_bytes=FLOOR_BYTES)
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +44,6 @@ def compiled_anew():
     """Read back from the compile cache, `lstm-tensor` waits for ever: see `jaxdl.compilation.Compiled`."""
     with unkept():
         yield
-
-
-FSDP = functools.partial(with_fsdp, floor_bytes=FLOOR_BYTES)
 
 
 def place(rules, **axes):
