@@ -11,6 +11,7 @@ from jaxdl.nonfinite import guard
 from jaxdl.optim import make_optimizer, make_schedule
 from jaxdl.state import TrainState, create_state
 from jaxdl.step import make_eval_step, make_train_step, repeat
+from jaxdl.xla_options import compiler_options
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "JaxdlError",
     "LossOut",
     "TrainState",
+    "compiler_options",
     "create_state",
     "guard",
     "losses",

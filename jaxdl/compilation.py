@@ -12,6 +12,7 @@ import jax
 
 from jaxdl.errors import JaxdlError
 from jaxdl.paths import flatten
+from jaxdl.xla_options import compiler_options as usual_options
 
 _HITS, _MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 _counts = {_HITS: 0, _MISSES: 0}
@@ -61,7 +62,7 @@ class Compiled:
       fn: a pure function of trees of arrays.
       donate_argnums: arguments whose buffers the result may reuse.
       name: how messages call it.
-      compiler_options: XLA's, as of `jax.jit`.
+      compiler_options: XLA's, as of `jax.jit`; those of `xla_options.compiler_options` where None.
       is_kept: whether the compile cache may keep the program; one that came from there cannot be `moved`. One over
         several devices of a CPU is not kept, see `compile`.
 
@@ -89,7 +90,8 @@ class Compiled:
         compiler_options: dict[str, Any] | None = None,
         is_kept: bool = True,
     ) -> None:
-        self._jitted = jax.jit(fn, donate_argnums=donate_argnums, compiler_options=compiler_options)
+        options = usual_options() if compiler_options is None else compiler_options
+        self._jitted = jax.jit(fn, donate_argnums=donate_argnums, compiler_options=options)
         self._is_kept = is_kept
         self._executable: Any = None
         self._signature: dict[str, str] = {}

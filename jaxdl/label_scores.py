@@ -98,7 +98,7 @@ def _in_one_pass(logits_BC: Array, labels_B: Array) -> LabelScores:
     wide_BC = logits_BC.astype(jnp.float32)
     own_B1 = at_label_B[..., None]
     is_earlier_BC = _classes(logits_BC) < _counted(logits_BC, labels_B)[..., None]
-    beats_BC = (wide_BC > own_B1) | ((wide_BC == own_B1) & is_earlier_BC)
+    beats_BC = wide_BC > jnp.where(is_earlier_BC, _just_below(own_B1), own_B1)  # of equals the first is the likeliest
     operands = (jnp.maximum(wide_BC, _LEAST), jnp.ones_like(wide_BC), beats_BC)  # of two -inf the difference is NaN
     starts = (jnp.asarray(_LEAST), jnp.asarray(0.0, jnp.float32), jnp.asarray(False))
     pieces = tuple(x.reshape(*x.shape[:-1], _n_pieces(x.shape[-1]), -1) for x in operands)
@@ -106,6 +106,11 @@ def _in_one_pass(logits_BC: Array, labels_B: Array) -> LabelScores:
     best_B1 = jnp.max(best_BP, -1, keepdims=True)
     log_z_B = best_B1[..., 0] + jnp.log(jnp.sum(sum_BP * jnp.exp(best_BP - best_B1), -1))
     return LabelScores(log_z_B, at_label_B, ~(jnp.any(is_beaten_BP, -1) | jnp.isnan(log_z_B - at_label_B)))
+
+
+def _just_below(x: Array) -> Array:
+    """The float32 before; before 0 the first that a GPU does not take for 0."""
+    return jnp.where(x == 0, -np.finfo(np.float32).tiny, jnp.nextafter(x, -jnp.inf))
 
 
 def _n_pieces(n_classes: int) -> int:

@@ -32,6 +32,25 @@ def test_values_and_gradients_against_float64(platform, is_centered, monkeypatch
     assert ("optimization_barrier" in str(jax.make_jaxpr(total)(x))) == (platform == "gpu")
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("distance", [0.0, 10.0, 100.0])
+def test_one_pass_loses_no_more_than_the_input_has_lost(distance, dtype, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((50, 768)) + distance, dtype)
+    wide = np.asarray(x, np.float64)
+    around = wide - wide.mean(-1, keepdims=True)
+    expected = around / np.sqrt((around**2).mean(-1, keepdims=True) + 1e-5)
+    step_of_input = np.spacing(np.asarray(x)).astype(np.float64).max()
+    np.testing.assert_allclose(standardized(x, 1e-5, is_centered=True), expected, atol=max(1e-5, 0.1 * step_of_input))
+
+
+def test_a_row_of_one_value_is_0(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = jnp.full((3, 768), 0.1, jnp.bfloat16)
+    assert jnp.abs(standardized(x, 1e-5, is_centered=True)).max() < 1e-3
+    assert jnp.isfinite(jax.grad(lambda x: jnp.sum(standardized(x, 0.01, is_centered=True) ** 2))(x)).all()
+
+
 def test_gradients_of_tokens_are_summed_in_float32():
     """A sum of ones in bfloat16 would stop at 256."""
     embed = Embed(Block(width=8, n_heads=2, hidden=8, dtype=jnp.bfloat16), vocab_size=3, n_token_types=2)

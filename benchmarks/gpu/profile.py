@@ -37,11 +37,12 @@ def profile_side(target: str, options: Mapping[str, Any], *, steps: int, folder:
     import jax
 
     from benchmarks.gpu.sides import make_step
+    from jaxdl import compiler_options
 
     module, _, name = target.partition(":")
     side = getattr(importlib.import_module(module), name)(**options)
     batches = [jax.device_put({k: v[i] for k, v in side.parts.batches.items()}) for i in range(2)]
-    step = jax.jit(make_step(side.parts), donate_argnums=0)
+    step = jax.jit(make_step(side.parts), donate_argnums=0, compiler_options=compiler_options())
     return profile_step(step, side.start(), batches, steps=steps, folder=folder)
 
 

@@ -63,13 +63,15 @@ class Jaxdl:
         """
         import jax
 
+        from jaxdl import compiler_options
         from jaxdl.choices import heard
 
         with heard() as choices:
             step, self.state = make_step(self.parts), self.start()
             numbers = range(len(next(iter(self.parts.batches.values()))))
             self.batches = [jax.device_put({k: v[i] for k, v in self.parts.batches.items()}) for i in numbers]
-            self.call = jax.jit(step, donate_argnums=0).lower(self.state, self.batches[0]).compile()
+            jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+            self.call = jitted.lower(self.state, self.batches[0]).compile()
         memory: Any = self.call.memory_analysis()
         whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         losses = []

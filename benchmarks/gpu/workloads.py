@@ -160,7 +160,7 @@ LORA_1B = Workload(
     },
     rows={FULL: ("lora:Jaxdl", {"case": "full"}), LORA: ("lora:Jaxdl", {"case": "lora"})},
     steps=3,
-    seconds=180,
+    seconds=90,
     tolerance=None,
     shares=(LORA, FULL, (0.30, 0.24), (0.85, 0.70)),
 )

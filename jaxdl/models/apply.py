@@ -1,6 +1,7 @@
 """The bridge from a Linen module to the functions that the train step knows."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -33,8 +34,26 @@ def init_model(model: nn.Module, rng: Array, inputs: Any, **more_inputs: Any) ->
       >>> params["kernel"].shape, extra
       ((3, 2), {})
     """
-    variables = dict(jax.jit(model.init)(rng, inputs, **more_inputs))
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((rng, inputs, more_inputs)))
+    with contextlib.nullcontext() if is_traced else threefry_by_kernel():
+        variables = dict(jax.jit(model.init)(rng, inputs, **more_inputs))
     return variables.pop("params", {}), variables
+
+
+@contextlib.contextmanager
+def threefry_by_kernel() -> Iterator[None]:
+    """What is compiled meanwhile for an NVIDIA GPU draws its random bits, the same ones, by a kernel that JAX brings.
+
+    XLA would write them out for each parameter: initialising a GPT-2 compiled for a minute, its step for 12 s. The
+    kernel cannot be cut over devices, so this is not for what is drawn into shardings.
+    """
+    name = "jax_threefry_gpu_kernel_lowering"
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def select_inputs(batch: Mapping[str, Any], inputs: str | Sequence[str]) -> tuple[Any, dict[str, Any]]:

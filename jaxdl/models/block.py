@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxdl.models.apart import apart, product_apart
 from jaxdl.models.attention import IMPLEMENTATIONS, Sight, attend, attend_in_ring, ring_mesh
 from jaxdl.models.checks import ModelError, count_problem, name_problem, rate_problem
 from jaxdl.models.layers import ACTIVATIONS, Dtype, dropout, make_activation
@@ -298,14 +299,16 @@ def _rms(block: Block) -> Block:
     return block if block.norm != "layer" else block.replace(norm="rms")
 
 
-def _dense(block: Block, features: int, use_bias: bool, name: str, std: float | None = None) -> nn.Dense:
+def _dense(
+    block: Block, features: int, use_bias: bool, name: str, std: float | None = None, multiply: Any = product
+) -> nn.Dense:
     return nn.Dense(
         features,
         use_bias=use_bias,
         kernel_init=nn.initializers.normal(block.init_std if std is None else std),
         dtype=block.dtype,
         param_dtype=block.param_dtype,
-        dot_general=product,
+        dot_general=multiply,
         name=name,
     )
 
@@ -318,7 +321,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Array, *, train: bool = False) -> Array:
         block, activation = self.block, make_activation(self.block.activation)
-        x_BTF = _dense(block, block.hidden, block.mlp_bias, "up")(x_BTD)
+        x_BTF = _dense(block, block.hidden, block.mlp_bias, "up", multiply=product_apart)(x_BTD)
         if block.is_gated:
             x_BTF = activation(_dense(block, block.hidden, block.mlp_bias, "gate")(x_BTD)) * x_BTF
         else:
@@ -360,5 +363,6 @@ class Layer(nn.Module):
         y_BTD = fn(x_BTD if block.norm_position == "post" else norm(x_BTD))
         if block.norm_position == "both":
             y_BTD = Norm(block, name=f"{name}_post_norm")(y_BTD)
-        y_BTD = x_BTD[:, : y_BTD.shape[1]] + dropout(y_BTD, block.dropout_rate, train=train, name=f"{name}_dropout")
+        y_BTD = dropout(apart(y_BTD), block.dropout_rate, train=train, name=f"{name}_dropout")
+        y_BTD = x_BTD[:, : y_BTD.shape[1]] + y_BTD
         return norm(y_BTD) if block.norm_position == "post" else y_BTD

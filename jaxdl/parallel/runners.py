@@ -16,6 +16,7 @@ from jaxdl.parallel.mesh import DATA, ShardingError, batch_shardings, put_batch
 from jaxdl.parallel.sharding import constrained
 from jaxdl.paths import Tree, flatten
 from jaxdl.step import Step
+from jaxdl.xla_options import compiler_options
 
 Runner = Callable[[Any, Any], tuple[Any, dict[str, Any]]]
 
@@ -45,6 +46,7 @@ def jit_step(step: Step, mesh: Mesh, shardings: Tree) -> Runner:
         in_shardings=(shardings, None),
         out_shardings=(shardings, whole),
         donate_argnums=0,
+        compiler_options=compiler_options(),
     )
     return lambda state, batch: compiled(jax.device_put(state, shardings), put_batch(batch, mesh))
 
@@ -82,7 +84,8 @@ def shard_map_step(step: Step, mesh: Mesh) -> Runner:
     Raises:
       ShardingError: the mesh has other axes.
     """
-    compiled, whole = jax.jit(mapped(step, mesh), donate_argnums=0), NamedSharding(mesh, P())
+    compiled = jax.jit(mapped(step, mesh), donate_argnums=0, compiler_options=compiler_options())
+    whole = NamedSharding(mesh, P())
     return lambda state, batch: compiled(jax.device_put(state, whole), put_batch(batch, mesh))
 
 

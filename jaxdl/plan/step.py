@@ -20,6 +20,7 @@ from jaxdl.plan.topology import Topology
 from jaxdl.run import parameter_rows
 from jaxdl.state import TrainState, create_state
 from jaxdl.step import Step, make_train_step
+from jaxdl.xla_options import compiler_options
 
 
 class PlanError(JaxdlError):
@@ -157,12 +158,13 @@ def left_whole(placed: Placed, least: int = 2**20) -> list[str]:
 def trace(topology: Topology, placed: Placed) -> Any:
     """The step as JAX's `Traced`, with the choices that the library makes on that platform."""
     whole = NamedSharding(placed.mesh, P())
-    jitted = jax.jit(
-        constrained(placed.step, placed.mesh, placed.shardings),
-        out_shardings=(placed.shardings, whole),
-        donate_argnums=0,
-    )
     with flops.tracing_for(topology.chip.platform):
+        jitted = jax.jit(
+            constrained(placed.step, placed.mesh, placed.shardings),
+            out_shardings=(placed.shardings, whole),
+            donate_argnums=0,
+            compiler_options=compiler_options(),
+        )
         return jitted.trace(placed.state, placed.batch)
 
 

@@ -19,6 +19,7 @@ from jaxdl.profile.result import StepProfile, counted, find, tables
 from jaxdl.profile.timeline import shares
 from jaxdl.profile.trace import ProfileError, Trace, read
 from jaxdl.tracing import INPUT
+from jaxdl.xla_options import compiler_options
 
 WARM_UP = 3
 
@@ -144,7 +145,7 @@ def profile_step(
       ({'float32': 2048.0}, 16, True)
     """
     first, following = _checked(batches, steps, steps_per_call)
-    jitted = step_fn if hasattr(step_fn, "trace") else jax.jit(step_fn)
+    jitted = step_fn if hasattr(step_fn, "trace") else jax.jit(step_fn, compiler_options=compiler_options())
     with trace_folder(folder) as where, naming_failure():
         traced = jitted.trace(state, first)
         text = traced.lower().compile().as_text() or ""
