@@ -133,6 +133,20 @@ def test_the_size_decides_and_the_log_says_so(caplog):
     assert "logits at a time: the whole batch (781 MiB in all, at most 1024 at once)" in caplog.text
 
 
+@pytest.mark.parametrize(("platform", "dtype", "n_tokens"), [("gpu", "bfloat16", 1342), ("gpu", "float32", 671)])
+def test_a_gpu_keeps_logits_as_they_were_computed(platform, dtype, n_tokens, caplog, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    block = gpt2_block(width=8, n_heads=2, attention="xla", dtype=dtype)
+    model = GPT2(block, n_layers=1, vocab_size=100_000, n_positions=512)
+    tokens = jax.ShapeDtypeStruct((4, 512), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    loss_fn = make_language_loss_fn(model, train=False)
+    choices.tell.cache_clear()
+    with caplog.at_level(logging.INFO, "jaxdl"):
+        jax.eval_shape(lambda p, t: loss_fn(p, {}, {"tokens": t, "targets": t}, None).total, params, tokens)
+    assert f"logits at a time: {n_tokens} tokens" in caplog.text
+
+
 def test_dropout_differs_by_key_and_training_learns():
     model = GPT2(gpt2_block(width=16, n_heads=2, dropout_rate=0.1), n_layers=1, vocab_size=V, n_positions=16)
     params, extra = init_model(model, jax.random.key(0), jnp.ones((1, 4), jnp.int32))

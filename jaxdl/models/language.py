@@ -37,8 +37,8 @@ def make_language_loss_fn(
 ) -> LossFn:
     """Makes the `loss_fn` of a language model: cross-entropy of `batch["targets"]`, in nats a token.
 
-    The hidden states are cut along time into chunks; the float32 logits of a chunk are made, used and forgotten, and
-    made again in the backward pass. The loss and its gradients are those of the plain computation.
+    The hidden states are cut along time into chunks; the logits of a chunk are made, used and forgotten, and made
+    again in the backward pass. The loss and its gradients are those of the plain computation.
 
     The batch holds `tokens` (B, T) and `targets` (B, T) int, aligned: `targets[b, t]` is what the model should say at
     `tokens[b, t]`. It may hold `mask`, `token_types`, `positions` and `documents`, which the model gets; `weight`,
@@ -186,14 +186,15 @@ def _weight(batch: Mapping[str, Array]) -> Array:
 
 def _n_chunks_of(model: nn.Module, variables: Tree, hidden_BTD: Array, chunk_tokens: int | None) -> int:
     logits: Any = jax.eval_shape(lambda x: model.apply(variables, x, method="logits"), hidden_BTD[:, :1])
-    return _n_chunks(hidden_BTD.shape[:2], logits.shape[-1], chunk_tokens)
+    kept = hidden_BTD if jax.default_backend() == "gpu" else logits  # a GPU widens them as it reads them
+    return _n_chunks(hidden_BTD.shape[:2], logits.shape[-1] * kept.dtype.itemsize, chunk_tokens)
 
 
-def _n_chunks(shape: tuple[int, ...], vocab_size: int, chunk_tokens: int | None) -> int:
-    (n_rows, length), n_bytes = shape, math.prod(shape) * vocab_size * 4
+def _n_chunks(shape: tuple[int, ...], token_bytes: int, chunk_tokens: int | None) -> int:
+    (n_rows, length), n_bytes = shape, math.prod(shape) * token_bytes
     if chunk_tokens is None:
         most = MOST_LOGIT_BYTES * _n_shards()
-        chunk_tokens = max(1, most // (vocab_size * 4))
+        chunk_tokens = max(1, most // token_bytes)
         is_small = n_bytes <= most
         choice = "the whole batch" if is_small else f"{chunk_tokens} tokens"
         tell("logits at a time", choice, f"{n_bytes / 2**20:.0f} MiB in all, at most {most // 2**20} at once")
