@@ -246,6 +246,35 @@ def test_the_text_of_a_tpu_is_read():
     assert program.traffic(read) == 6 * (512 + 4 + 512) + sent + 6 * (4 + 4 + 1)
 
 
+@pytest.mark.parametrize("target", ["__cublas$lt$matmul", "another"])
+def test_what_cublas_may_scribble_in_is_no_traffic(target):
+    read = program.parse(f"""ENTRY %main (a: bf16[4,8], b: bf16[8,16]) -> bf16[4,16] {{
+  %a = bf16[4,8]{{1,0}} parameter(0)
+  %b = bf16[8,16]{{1,0}} parameter(1)
+  %product = (bf16[4,16]{{1,0}}, s8[4194304]{{0}}) custom-call(%a, %b), custom_call_target="{target}"
+  ROOT %out = bf16[4,16]{{1,0}} get-tuple-element(%product), index=0
+}}""")
+    assert program.traffic(read) == 2 * (4 * 8 + 8 * 16 + 4 * 16) + (4194304 if target == "another" else 0)
+
+
+def test_a_fusion_that_runs_beside_others_counts_once_and_its_slice_alone():
+    read = program.parse("""%update (p0: f32[8,4], p1: f32[1,4], p2: s32[]) -> f32[8,4] {
+  %p0 = f32[8,4]{1,0} parameter(0)
+  %p1 = f32[1,4]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %new = f32[8,4]{1,0} dynamic-update-slice(%p0, %p1, %p2, %p2)
+}
+
+ENTRY %main (a: f32[8,4], b: f32[1,4], i: s32[]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = f32[1,4]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %begun = ((f32[8,4]{1,0}, f32[1,4]{1,0}, s32[]), f32[8,4]{1,0}, u32[]) fusion-start(%a, %b, %i), calls=%update
+  ROOT %done = f32[8,4]{1,0} fusion-done(%begun)
+}""")
+    assert program.traffic(read) == 2 * 16 + 4
+
+
 def test_layers_in_a_scan_leave_the_rows_of_a_batch_where_they_are():
     """Under FSDP parameters travel, a layer at a time; XLA alone would cut states by features and gather every row."""
     sketch = dataclasses.replace(gpt("scanned", "full"), sharding=lambda state: zero(3, floor_bytes=512))

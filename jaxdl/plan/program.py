@@ -9,8 +9,9 @@ from typing import NamedTuple
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"),
     *("after-all", "partition-id", "replica-id", "opt-barrier", "copy-done", "async-start", "async-update"),
-    *("async-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "domain"),
+    *("async-done", "fusion-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "domain"),
 }
+_FUSIONS = ("fusion", "fusion-start")
 HOLDS_OPERAND = ("all-gather-start", "collective-permute-start")  # beside the result proper
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "tuple": 0}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
@@ -18,6 +19,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\([^=]*\) -> .*|)\{$")
 _NAMED = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_SCRATCH = re.compile(r", [su]8\[\d+\](?:\{[^}]*\})?\)$")
 _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
 
 
@@ -39,8 +41,14 @@ class Instruction:
 
     @property
     def in_memory(self) -> int:
-        """Bytes of the result in the device's main memory."""
-        return shape_bytes(self.shape, is_on_chip_free=True)
+        """Bytes of the result in the device's main memory, without what cuBLAS and cuDNN may scribble in."""
+        shape = _SCRATCH.sub(")", self.shape) if self.is_of_nvidia else self.shape
+        return shape_bytes(shape, is_on_chip_free=True)
+
+    @property
+    def is_of_nvidia(self) -> bool:
+        """A call of cuBLAS or cuDNN."""
+        return self.opcode == "custom-call" and 'target="__cu' in self.attributes
 
     @property
     def called(self) -> list[str]:
@@ -163,9 +171,9 @@ def walk(program: Program, into_fusions: bool = True) -> Iterator[tuple[str, Ins
         name, times = waiting.pop()
         for one in program.computations.get(name, ()):
             yield name, one, times
-            if one.opcode == "fusion" and not into_fusions:
+            if one.opcode in _FUSIONS and not into_fusions:
                 continue
-            if one.opcode in ("while", "call", "conditional", "fusion", "async-start"):
+            if one.opcode in ("while", "call", "conditional", "async-start", *_FUSIONS):
                 n = trips(program, one) if one.opcode == "while" else 1
                 waiting += [(inner, times * n) for inner in one.called]
 
@@ -204,7 +212,7 @@ def touched(program: Program, computation: list[Instruction], one: Instruction) 
         return one.in_memory
     if one.opcode == "dynamic-update-slice":
         return 2 * (operands[1] if len(operands) > 1 else 0)
-    inner = program.computations.get(one.called[0], []) if one.opcode == "fusion" and one.called else []
+    inner = program.computations.get(one.called[0], []) if one.opcode in _FUSIONS and one.called else []
     if not inner:
         return sum(operands) + one.in_memory
     return sum(_read(inner, i, size) for i, size in enumerate(operands)) + _written(inner, one)
