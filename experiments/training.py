@@ -1,5 +1,6 @@
 """What every supervised experiment does between its data and its report: build the pieces and call `fit`."""
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -24,7 +25,7 @@ from jaxdl.finetune.statistics import freeze_statistics
 from jaxdl.finetune.unfreeze import Stages, fit_stages, staged
 from jaxdl.loop import FitResult
 from jaxdl.losses import LossFn
-from jaxdl.models.apply import init_model, select_inputs
+from jaxdl.models.apply import init_model, select_inputs, threefry_by_kernel
 from jaxdl.optim import eval_params
 from jaxdl.parallel import is_first, state_shardings
 from jaxdl.parallel.exact import exact_problems
@@ -188,7 +189,9 @@ def _first_state(config: Any, task: Task, tx: Any, trainable: Rules, mesh: jax.s
         return make()
     shapes = jax.eval_shape(make)
     shardings = state_shardings(config.parallel.rules(shapes), shapes, mesh)
-    drawn: TrainState = jax.jit(make, out_shardings=shardings)()
+    is_whole = all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings))
+    with threefry_by_kernel() if is_whole else contextlib.nullcontext():
+        drawn: TrainState = jax.jit(make, out_shardings=shardings)()
     return drawn
 
 
