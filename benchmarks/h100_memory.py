@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.table import Table
-from jaxdl import create_state, make_optimizer, make_train_step, paths
+from jaxdl import compiler_options, create_state, make_optimizer, make_train_step, paths
 from jaxdl.finetune.adapters import with_adapters
 from jaxdl.finetune.lora import Lora, add
 from jaxdl.finetune.quantize import quantize
@@ -137,7 +137,8 @@ def measure(case: Case, sizes: Sizes, sharding: Any = None) -> Memory:
     step, state, batch = abstract_step(case, sizes)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (state, batch))
     started = time.perf_counter()
-    memory: Any = jax.jit(step, donate_argnums=0).lower(*placed).compile().memory_analysis()
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    memory: Any = jitted.lower(*placed).compile().memory_analysis()
     seconds = time.perf_counter() - started
     moving, _ = split_trainable(state.params, case.trainable)
     plain = abstract_step(dataclasses.replace(case, base=Case.base), sizes)[1].params

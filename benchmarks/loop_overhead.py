@@ -41,12 +41,14 @@ class Bare:
     def __init__(self, sizes: Sequence[int], batch_size: int, steps: int) -> None:
         import jax
 
-        from jaxdl import guard
+        from jaxdl import compiler_options, guard
 
         use_full_float32()
         self.batches, self.steps, self.done = Batches(sizes, batch_size), steps, 0
         step, self.state = make_jaxdl(sizes)
-        self.call = jax.jit(guard(step), donate_argnums=0)
+        step = guard(step)
+        options = compiler_options(step, self.state, self.batches[0])
+        self.call = jax.jit(step, donate_argnums=0, compiler_options=options)
         losses = [self._step()["loss"].finish() for _ in range(LOG_EVERY)]
         self.facts = {"first_losses": [float(np.mean(losses))]}
 

@@ -56,7 +56,7 @@ class Jaxdl(training.Jaxdl):
     def make_step(self) -> tuple[Any, Any]:
         import jax
 
-        from jaxdl import repeat
+        from jaxdl import compiler_options, repeat
         from jaxdl.step import on_rows
 
         if self.mode != "resident":
@@ -68,7 +68,9 @@ class Jaxdl(training.Jaxdl):
             return repeat(on_rows(step, dataset), self.n)(state, batch["rows"])
 
         self.parts = self.parts._replace(batches={"rows": self.rows.rows})
-        jitted = jax.jit(many, donate_argnums=0)
+        self.plain = lambda state, batch: many(state, dataset, batch)
+        options = compiler_options(many, state, dataset, self.batch(0))
+        jitted = jax.jit(many, donate_argnums=0, compiler_options=options)
         return lambda state, batch: jitted(state, dataset, batch), state
 
 

@@ -91,10 +91,11 @@ class Jaxdl:
         return {
             "first_losses": [loss for told in self.first for loss in self.losses(jax.device_get(told))][:N_LOSSES],
             "optimizer_bytes": sum(leaf.nbytes for leaf in moments),
-            "flops": count_flops(self.call, self.state, self.batch(0)).total() / self.n,
+            "flops": count_flops(self.plain or self.call, self.state, self.batch(0)).total() / self.n,
         }
 
     sharding: Any = None  # of what a call gets; None where there is one device
+    plain: Any = None  # what `call` jits, if with compiler options, which JAX takes at the top only
     make: Callable[..., JaxdlParts]  # the workload's network, weights and batches, from its sizes
 
     def make_step(self) -> tuple[Callable[..., Any], Any]:
@@ -103,7 +104,7 @@ class Jaxdl:
         from jax.sharding import NamedSharding
         from jax.sharding import PartitionSpec as P
 
-        from jaxdl import repeat
+        from jaxdl import compiler_options, repeat
 
         step, state = self.make_train_step()
         step, rows = (step, P("data")) if self.n == 1 else (repeat(step, self.n), P(None, "data"))
@@ -112,7 +113,8 @@ class Jaxdl:
         if self.mesh.size > 1:
             self.sharding = NamedSharding(self.mesh, rows)
             state = jax.device_put(state, NamedSharding(self.mesh, P()))
-        return jax.jit(step, donate_argnums=0), state
+        self.plain, options = step, compiler_options(step, state, self.batch(0))
+        return jax.jit(step, donate_argnums=0, compiler_options=options), state
 
     def make_train_step(self) -> tuple[Callable[..., Any], Any]:
         """jaxdl's step on one batch, not jitted, and the first state."""

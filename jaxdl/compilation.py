@@ -12,7 +12,7 @@ import jax
 
 from jaxdl.errors import JaxdlError
 from jaxdl.paths import flatten
-from jaxdl.xla_options import compiler_options as usual_options
+from jaxdl.xla_options import options_of
 
 _HITS, _MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 _counts = {_HITS: 0, _MISSES: 0}
@@ -90,8 +90,8 @@ class Compiled:
         compiler_options: dict[str, Any] | None = None,
         is_kept: bool = True,
     ) -> None:
-        options = usual_options() if compiler_options is None else compiler_options
-        self._jitted = jax.jit(fn, donate_argnums=donate_argnums, compiler_options=options)
+        self._jitted = jax.jit(fn, donate_argnums=donate_argnums)
+        self._options = compiler_options
         self._is_kept = is_kept
         self._executable: Any = None
         self._signature: dict[str, str] = {}
@@ -109,13 +109,15 @@ class Compiled:
         self._signature = _signature(args)
         is_kept = self._is_kept and not _is_over_cpus(args)
         with contextlib.nullcontext() if is_kept else unkept():
-            self._executable = self._jitted.lower(*args).compile()
+            traced = self._jitted.trace(*args)
+            options = options_of(traced.jaxpr.jaxpr) if self._options is None else self._options
+            self._executable = traced.lower().compile(compiler_options=options)
         self.compile_s = time.perf_counter() - start
         self.is_cached = _counts[_HITS] > hits and _counts[_MISSES] == misses
 
     @property
     def jitted(self) -> Any:
-        """The function under `jax.jit`, as it is compiled."""
+        """The function under `jax.jit`, without the compiler's options."""
         return self._jitted
 
     @property

@@ -70,7 +70,8 @@ class Jaxdl:
             step, self.state = make_step(self.parts), self.start()
             numbers = range(len(next(iter(self.parts.batches.values()))))
             self.batches = [jax.device_put({k: v[i] for k, v in self.parts.batches.items()}) for i in numbers]
-            jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+            options = compiler_options(step, self.state, self.batches[0])
+            jitted = jax.jit(step, donate_argnums=0, compiler_options=options)
             self.call = jitted.lower(self.state, self.batches[0]).compile()
         memory: Any = self.call.memory_analysis()
         whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -46,6 +46,11 @@ def threefry_by_kernel() -> Iterator[None]:
 
     XLA would write them out for each parameter: initialising a GPT-2 compiled for a minute, its step for 12 s. The
     kernel cannot be cut over devices, so this is not for what is drawn into shardings.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> with threefry_by_kernel():
+      ...     params = jax.jit(nn.Dense(2).init)(jax.random.key(0), jnp.ones((1, 3)))
     """
     name = "jax_threefry_gpu_kernel_lowering"
     before = getattr(jax.config, name)

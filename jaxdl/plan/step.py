@@ -20,7 +20,7 @@ from jaxdl.plan.topology import Topology
 from jaxdl.run import parameter_rows
 from jaxdl.state import TrainState, create_state
 from jaxdl.step import Step, make_train_step
-from jaxdl.xla_options import compiler_options
+from jaxdl.xla_options import options_of
 
 
 class PlanError(JaxdlError):
@@ -163,7 +163,6 @@ def trace(topology: Topology, placed: Placed) -> Any:
             constrained(placed.step, placed.mesh, placed.shardings),
             out_shardings=(placed.shardings, whole),
             donate_argnums=0,
-            compiler_options=compiler_options(),
         )
         return jitted.trace(placed.state, placed.batch)
 
@@ -186,9 +185,9 @@ def compile_step(topology: Topology, placed: Placed, traced: Any) -> dict[str, A
     """
     started = time.perf_counter()
     with flops.tracing_for(topology.chip.platform):
-        lowered = traced.lower()
+        lowered, options = traced.lower(), options_of(traced.jaxpr.jaxpr)
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         return {"seconds": time.perf_counter() - started, **_refused(str(error))}
     memory: Any = compiled.memory_analysis()

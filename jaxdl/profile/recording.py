@@ -145,8 +145,10 @@ def profile_step(
       ({'float32': 2048.0}, 16, True)
     """
     first, following = _checked(batches, steps, steps_per_call)
-    jitted = step_fn if hasattr(step_fn, "trace") else jax.jit(step_fn, compiler_options=compiler_options())
     with trace_folder(folder) as where, naming_failure():
+        jitted: Any = step_fn
+        if not hasattr(step_fn, "trace"):
+            jitted = jax.jit(step_fn, compiler_options=compiler_options(step_fn, state, first))
         traced = jitted.trace(state, first)
         text = traced.lower().compile().as_text() or ""
         recorder = Recorder(steps, where, lambda: jax.block_until_ready(state), steps_per_call=steps_per_call)
