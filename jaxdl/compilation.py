@@ -105,12 +105,12 @@ class Compiled:
         A program over several devices of a CPU is never kept: what XLA reads back from the cache may run collectives in
         another order on each device, which then wait for each other until XLA ends the process.
         """
-        start, hits, misses = time.perf_counter(), _counts[_HITS], _counts[_MISSES]
-        self._signature = _signature(args)
+        start, self._signature = time.perf_counter(), _signature(args)
+        traced = self._jitted.trace(*args)
+        options = options_of(traced.jaxpr.jaxpr) if self._options is None else self._options
+        hits, misses = _counts[_HITS], _counts[_MISSES]
         is_kept = self._is_kept and not _is_over_cpus(args)
         with contextlib.nullcontext() if is_kept else unkept():
-            traced = self._jitted.trace(*args)
-            options = options_of(traced.jaxpr.jaxpr) if self._options is None else self._options
             self._executable = traced.lower().compile(compiler_options=options)
         self.compile_s = time.perf_counter() - start
         self.is_cached = _counts[_HITS] > hits and _counts[_MISSES] == misses

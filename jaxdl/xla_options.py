@@ -64,8 +64,11 @@ def _chosen(wanted: dict[str, Any], reason: str) -> dict[str, Any]:
 
 @functools.cache
 def _is_known(name: str, value: Any) -> bool:
+    from jaxdl.compilation import unkept  # which imports this module
+
     try:
-        jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
+        with unkept():
+            jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True
