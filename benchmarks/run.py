@@ -1,6 +1,6 @@
 """Runs the benchmarks and prints their report.
 
-    python -m benchmarks.run                      # everything; 26 minutes on two cores
+    python -m benchmarks.run                      # everything; 25 minutes on two cores
     python -m benchmarks.run mlp --rounds 9       # some of them
     python -m benchmarks.run --rounds 1 --quick   # to see whether they work; the figures mean little
 
