@@ -31,7 +31,7 @@ prove-exact: $(VENV)/.installed-test
 prove-processes: $(VENV)/.installed-test
 	$(RUN) -m tests.prove_processes
 
-# 26 minutes on two cores; docs/performance.md keeps what it printed.
+# 25 minutes on two cores; docs/performance.md keeps what it printed.
 bench: $(VENV)/.installed-bench
 	$(RUN) -m benchmarks.run
 
