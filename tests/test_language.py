@@ -119,31 +119,34 @@ def test_memory_falls_with_the_size_of_a_chunk():
     )
 
 
-def test_the_size_decides_and_the_log_says_so(caplog):
-    model = GPT2(gpt2_block(width=8, n_heads=2), n_layers=1, vocab_size=100_000, n_positions=512)
-    tokens = jax.ShapeDtypeStruct((4, 512), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    loss_fn = make_language_loss_fn(model, train=False)
-    choices.tell.cache_clear()
-    with caplog.at_level(logging.INFO, "jaxdl"):
-        jax.eval_shape(lambda p, t: loss_fn(p, {}, {"tokens": t, "targets": t}, None).total, params, tokens)
-    assert "logits at a time: 671 tokens (781 MiB in all, at most 256 at once)" in caplog.text
-    with caplog.at_level(logging.INFO, "jaxdl"), jax.sharding.use_abstract_mesh(make_mesh(data=4).abstract_mesh):
-        jax.eval_shape(lambda p, t: loss_fn(p, {}, {"tokens": t, "targets": t}, None).total, params, tokens)
-    assert "logits at a time: the whole batch (781 MiB in all, at most 1024 at once)" in caplog.text
-
-
-@pytest.mark.parametrize(("platform", "dtype", "n_tokens"), [("gpu", "bfloat16", 1342), ("gpu", "float32", 671)])
-def test_a_gpu_keeps_logits_as_they_were_computed(platform, dtype, n_tokens, caplog, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    block = gpt2_block(width=8, n_heads=2, attention="xla", dtype=dtype)
+def trace_loss(block):
+    """Traces the loss of four rows of 512 tokens over 100,000 words, so that the log says how many at a time."""
     model = GPT2(block, n_layers=1, vocab_size=100_000, n_positions=512)
     tokens = jax.ShapeDtypeStruct((4, 512), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     loss_fn = make_language_loss_fn(model, train=False)
+    jax.eval_shape(lambda p, t: loss_fn(p, {}, {"tokens": t, "targets": t}, None).total, params, tokens)
+
+
+def test_the_size_decides_and_the_log_says_so(caplog):
+    block = gpt2_block(width=8, n_heads=2)
     choices.tell.cache_clear()
     with caplog.at_level(logging.INFO, "jaxdl"):
-        jax.eval_shape(lambda p, t: loss_fn(p, {}, {"tokens": t, "targets": t}, None).total, params, tokens)
+        trace_loss(block)
+    assert "logits at a time: 671 tokens (781 MiB in all, at most 256 at once)" in caplog.text
+    with caplog.at_level(logging.INFO, "jaxdl"), jax.sharding.use_abstract_mesh(make_mesh(data=4).abstract_mesh):
+        trace_loss(block)
+    assert "logits at a time: the whole batch (781 MiB in all, at most 1024 at once)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "n_tokens"), [("gpu", "bfloat16", 1342), ("gpu", "float32", 671), ("cpu", "bfloat16", 671)]
+)
+def test_a_gpu_keeps_logits_as_they_were_computed(platform, dtype, n_tokens, caplog, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    choices.tell.cache_clear()
+    with caplog.at_level(logging.INFO, "jaxdl"):
+        trace_loss(gpt2_block(width=8, n_heads=2, attention="xla", dtype=dtype))
     assert f"logits at a time: {n_tokens} tokens" in caplog.text
 
 
